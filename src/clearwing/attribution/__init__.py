@@ -1,0 +1,1 @@
+"""One recorded pass, and the rules that turn it into maps."""

@@ -1,0 +1,345 @@
+"""What each command can be told: one frozen dataclass a command, whose field docs are the `--help`.
+
+Nothing heavy is imported here, so that `clearwing --help` is fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from tyro.conf import Positional
+
+from clearwing.types import ClearwingError, near
+
+MODELS = (
+    "resnet8",
+    "resnet14",
+    "resnet20",
+    "resnet32",
+    "resnet44",
+    "resnet56",
+    "resnet110",
+    "resnet18",
+    "resnet34",
+)
+METHODS = ("saliency", "grad-cam", "layer-cam", "guided-backprop", "guided-grad-cam")
+RECIPES = ("default", "classic")
+
+Fit = Literal["squash", "crop", "pad"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every command understands."""
+
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    limit: int | None = None
+    """Use only the first N pictures of each split (for a quick look)."""
+    json: bool = False
+    """Print one JSON object on stdout and nothing else there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source(Common):
+    """How a folder of pictures is read."""
+
+    classes: str | None = None
+    """Class names in order: a comma-separated list, or a text file with one name a line."""
+    pattern: str | None = None
+    """How the files of a flat folder are named, such as "{class}_{id}.jpg"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Source):
+    """Train a residual network on DATA; writes the RUN directory.
+
+    Example: clearwing train photos --model resnet14 --size 128 --time-budget 20m --out runs/photos
+    """
+
+    data: Positional[str]
+    """Class folders (train/ val/ test/ or one level), {class}_{id}.jpg files, Parquet, cifar10, cifar100 or demo."""
+    out: str
+    """The RUN directory to write."""
+    model: str = "resnet14"
+    """resnet8/14/20/32/44/56/110 (the 6n+2 family), resnet18 or resnet34."""
+    size: int | None = None
+    """Side of the network's input in pixels. Default: CIFAR 32, demo 64, --weights imagenet 224, else 128."""
+    fit: Fit = "squash"
+    """How a picture meets the size: squash both sides, crop the middle, or pad to a square."""
+    channels: Literal[1, 3] = 3
+    """1 trains a one-channel network on grey pictures."""
+    widths: tuple[int, int, int] = (32, 64, 128)
+    """Channels of the three stages of a 6n+2 network."""
+    shortcut: Literal["projection", "pad"] = "projection"
+    """Where the width changes: a 1x1 convolution, or zero padding (option A of He et al. 2016)."""
+    downsample: Literal["block", "conv"] = "block"
+    """Where the size halves: in a stage's first block, or in a 3x3 stride-2 convolution before the stage."""
+    stem: Literal["cifar", "imagenet"] | None = None
+    """Stem of resnet18/34. Default: cifar below 96 pixels, imagenet from there on and with --weights imagenet."""
+    weights: str | None = None
+    """Start from these: imagenet (resnet18/34), or a weights file."""
+    epochs: int | None = None
+    """Train so many passes over the pictures. Default: 60, or 30 when fine-tuning, unless --time-budget is given."""
+    time_budget: str | None = None
+    """Train, evaluate and save within this time, such as 90s, 20m or 1h; the schedule is run down to its end."""
+    plan: Literal["share", "first-epoch"] = "share"
+    """Under a time budget: follow the share used, or time the first epoch and plan 80 % of what fits."""
+    replay: str | None = None
+    """Repeat a run under a time budget step by step from its plan.json."""
+    batch_size: int | None = None
+    """Pictures a step. Default: a sixteenth of the pictures, as a power of two between 16 and 128."""
+    optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
+    """SGD has Nesterov momentum."""
+    lr: float | None = None
+    """Peak learning rate. Default: 0.2 x batch / 128 for sgd (a tenth when fine-tuning), 0.001 for adam, adamw."""
+    momentum: float = 0.9
+    """Momentum of sgd."""
+    weight_decay: float = 5e-4
+    """L2 penalty (decoupled for adamw) on weights; biases and norms are left alone."""
+    schedule: Literal["one-cycle", "cosine", "step", "constant"] = "one-cycle"
+    """How the learning rate moves over the run."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all classes (Szegedy et al. 2016)."""
+    crop: Literal["auto", "resized", "padded", "none"] = "auto"
+    """resized: part of the picture, rescaled; padded: shifted by --padding. Auto: padded for CIFAR, else resized."""
+    crop_scale: float = 0.35
+    """Smallest share of the picture's area that a resized crop keeps."""
+    padding: int = 4
+    """Pixels that a padded crop may shift."""
+    flip: bool = True
+    """Mirror half of the pictures left to right."""
+    cutout: int = 0
+    """Side of a square painted in the mean colour (DeVries and Taylor 2017); 0: none."""
+    jitter: float = 0.3
+    """Strength of random brightness, contrast and saturation; 0: none."""
+    rotate: float = 0.0
+    """Random rotation up to so many degrees; 0: none."""
+    val: str | None = None
+    """Split to watch. Default: val, else a seeded stratified slice of train. `--val test` is said in the report."""
+    val_fraction: float = 0.2
+    """Share of each class taken from train when there is no val."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 where the processor has it, else float32."""
+    threads: int | None = None
+    """CPU threads. Default: all."""
+    seed: int = 0
+    """With --epochs, a run on the CPU with the same seed repeats to the bit."""
+    tensorboard: bool = True
+    """Write TensorBoard logs into RUN/tensorboard."""
+    resume: bool = False
+    """Go on with the run that RUN holds."""
+    overwrite: bool = False
+    """Replace the run that RUN holds."""
+    config: str | None = None
+    """Take the settings of RUN/config.json; what is given on the command line wins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Source):
+    """Score a RUN on a split of DATA; writes RUN/evaluation/<split>.json and predictions.csv."""
+
+    run: Positional[str]
+    """A RUN directory."""
+    data: Positional[str]
+    """Pictures with labels, as for train."""
+    split: str = "val"
+    """Which part of DATA."""
+    weights: Literal["last", "best"] = "last"
+    """The last weights, or the best on val (never a headline on val itself)."""
+    masks: str | None = None
+    """Folder of true masks: also segment and score them."""
+    batch_size: int = 128
+    """Pictures a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(Common):
+    """Name the class of PICTURES and its probability, as CSV or JSON."""
+
+    model: Positional[str]
+    """A RUN, torchvision:NAME, timm:NAME, a weights file, or file.py:factory."""
+    pictures: Positional[tuple[str, ...]]
+    """Files or folders."""
+    out: str | None = None
+    """Write here (.csv or .json) instead of to stdout."""
+    top: int = 1
+    """Classes a picture."""
+    size: int | None = None
+    """Side of the network's input, where the model does not know it."""
+    fit: Fit | None = None
+    """How a picture meets the size. Default: as the model was trained, else squash."""
+    classes: str | None = None
+    """Class names, where the model does not know them: a list or a file."""
+    batch_size: int = 64
+    """Pictures a step."""
+    overwrite: bool = False
+    """Replace OUT."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainConfig(Common):
+    """Show where a network looks: PNG overlays and raw maps of PICTURES.
+
+    Example: clearwing explain torchvision:resnet18 cat.jpg --methods grad-cam,guided-backprop --out maps
+    """
+
+    model: Positional[str]
+    """A RUN, torchvision:NAME, timm:NAME, a weights file, or file.py:factory."""
+    pictures: Positional[tuple[str, ...]]
+    """Files or folders."""
+    out: str
+    """Folder to write."""
+    methods: str = "grad-cam"
+    """Comma-separated: saliency, grad-cam, layer-cam, guided-backprop, guided-grad-cam."""
+    layers: str | None = None
+    """Comma-separated layer names. Default: the last one with spatial extent."""
+    larger_than: int | None = None
+    """Default layer: the deepest whose map is larger than N x N."""
+    target: str = "pred"
+    """pred, a class name or index, top-3, or A,B for class A against B."""
+    edges: bool = False
+    """Also draw the picture's edges (Canny) over each attribution."""
+    size: int | None = None
+    """Side of the network's input, where the model does not know it."""
+    fit: Fit | None = None
+    """How a picture meets the size. Default: as the model was trained, else squash."""
+    classes: str | None = None
+    """Class names, where the model does not know them: a list or a file."""
+    precision: Literal["model", "float32", "bfloat16"] = "model"
+    """Arithmetic of the network."""
+    batch_size: int = 32
+    """Pictures a step."""
+    seed: int = 0
+    """For methods with noise."""
+    overwrite: bool = False
+    """Replace what OUT holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(Source):
+    """Turn explanations into foreground masks, PNG 0/255 in the original size, scored where true masks are known.
+
+    Example: clearwing segment runs/photos photos --split val --out runs/photos/masks
+    """
+
+    run: Positional[str]
+    """A RUN directory (or another MODEL)."""
+    data: Positional[str]
+    """Pictures: as for train, or a flat folder without labels."""
+    out: str
+    """Folder for the masks and segmentation.json."""
+    split: str = "val"
+    """Which part of DATA."""
+    masks: str | None = None
+    """Folder of true masks to score against. Default: DATA/MASKS, if there."""
+    recipe: Literal["default", "classic"] = "default"
+    """default: layer maps seed GrabCut. classic: input gradient, 80th percentile, 5x5 max-pool."""
+    method: str | None = None
+    """Another method than the recipe's."""
+    layers: str | None = None
+    """Other layers than the recipe's, comma-separated."""
+    threshold: str | None = None
+    """Another threshold than the recipe's: percentile:80, otsu, mean, or auto."""
+    refine: Literal["none", "maxpool", "grabcut"] | None = None
+    """Another refinement than the recipe's."""
+    baselines: bool = True
+    """Score the baselines beside it: everything, a centre Gaussian, GrabCut without a network, an untrained network."""
+    batch_size: int = 64
+    """Pictures a step."""
+    seed: int = 0
+    """Of the intervals and of the untrained network."""
+    overwrite: bool = False
+    """Replace what OUT holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Source):
+    """Write RUN/report.html: curves, per-class accuracy, the misclassified with their Grad-CAM, masks."""
+
+    run: Positional[str]
+    """A RUN directory."""
+    data: Positional[str | None] = None
+    """Pictures. Default: what the run was trained on."""
+    split: str | None = None
+    """Which part of DATA the galleries show. Default: the one the run watched."""
+    most: int = 24
+    """Pictures a gallery."""
+    larger_than: int | None = None
+    """Grad-CAM's layer: the deepest whose map is larger than N x N. Default: the last one with spatial extent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig(Common):
+    """All of it on the built-in data set: draw, train, evaluate, explain, segment, score, report."""
+
+    out: str = "runs/demo"
+    """The RUN directory to write."""
+    seed: int = 0
+    """Of the drawing and of the training."""
+    epochs: int | None = None
+    """Passes over the pictures. Default: enough for about two minutes on two cores."""
+    overwrite: bool = False
+    """Replace the run that OUT holds."""
+
+
+C = TypeVar("C", bound=Common)
+
+
+def as_json(config: Common) -> dict[str, Any]:
+    """The settings as plain values, for config.json."""
+    return dataclasses.asdict(config)
+
+
+def from_file(kind: type[C], path: str | Path) -> dict[str, Any]:
+    """The settings in a config.json that are fields of `kind`; unknown ones are refused with the near names."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ClearwingError("--config", path, f"give a RUN/config.json ({error})") from error
+    if not isinstance(values, dict):
+        raise ClearwingError("--config", path, "give a JSON object of settings, as in RUN/config.json")
+    values = values.get("train", values)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in values:
+        if name not in names:
+            raise ClearwingError("--config", f"{path}: {name}", near(name, names))
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def seconds(text: str, argument: str = "--time-budget") -> float:
+    """`90s`, `20m`, `1h`, `1h30m` or plain seconds, as seconds."""
+    parts = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip().lower())
+    value = (
+        sum(float(part or 0) * unit for part, unit in zip(parts.groups(), (3600, 60, 1), strict=True)) if parts else 0
+    )
+    if value <= 0:
+        raise ClearwingError(argument, text, "give a time such as 90s, 20m or 1h30m")
+    return value
+
+
+def comma_list(text: str | None) -> list[str]:
+    """`a, b` as ["a", "b"]; None as []."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def class_list(text: str | None) -> list[str] | None:
+    """Class names from a comma-separated list or a text file with one name a line."""
+    if text is None:
+        return None
+    path = Path(text)
+    if path.suffix == ".json" and path.is_file():
+        names = json.loads(path.read_text(encoding="utf-8"))
+        names = [str(name) for name in (names.values() if isinstance(names, dict) else names)]
+    elif path.is_file():
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        names = comma_list(text)
+    if len(set(names)) != len(names) or not names:
+        raise ClearwingError("--classes", text, "give each class once: a,b,c or a text file with one name a line")
+    return names

@@ -1,0 +1,1 @@
+"""From where the pictures lie to batches on the device."""

@@ -1,0 +1,1 @@
+"""How right the predictions and the masks are, with intervals."""
