@@ -1,0 +1,73 @@
+"""A small report with every part filled, for the tests of the page."""
+
+import numpy as np
+
+from clearwing.show import report as R
+
+
+def full_report(names=("Danaus_plexippus", "Pieris_rapae", "Vanessa_cardui"), key="val/a_0001.jpg"):
+    noise = np.random.default_rng(0)
+
+    def tile():
+        return noise.integers(0, 255, (96, 96, 3), np.uint8)
+
+    rows = tuple(
+        {
+            "epoch": e,
+            "train_loss": 2 / e,
+            "train_accuracy": 1 - 1 / e,
+            "val_loss": 2.2 / e,
+            "val_accuracy": 0.95 - 1 / (e + 1),
+            "lr": 0.1 / e,
+            "seconds": 4.0,
+            "images_per_s": 120.5,
+        }
+        for e in range(1, 13)
+    )
+    estimate = R.Estimate
+    return R.Report(
+        title="Butterflies, resnet14",
+        when="20 November 2025",
+        facts={"Model": "resnet14", "Parameters": "2.8 million"},
+        specimen=R.Specimen(key, {"picture": tile(), "Grad-CAM": tile(), "mask": tile()}, "median IoU"),
+        data=R.DataFacts("demo", names, {"train": 90, "val": 40}, ("val is a stratified 20 % slice of train",)),
+        training=R.Training(rows, 83.0),
+        evaluations=(
+            R.Evaluation(
+                "val",
+                40,
+                estimate(0.9, 0.762, 0.961),
+                loss=0.31,
+                top5=1.0,
+                per_class=tuple(R.ClassScore(name, 13, estimate(0.8, 0.5, 0.95)) for name in names),
+                confusion=((12, 1, 0), (0, 13, 0), (2, 1, 11)),
+                class_names=names,
+            ),
+        ),
+        mistakes=tuple(R.Mistake(key, names[0], names[1], 0.71, tile(), tile(), tile()) for _ in range(3)),
+        mistakes_total=4,
+        methods=tuple(
+            R.MethodRow(key, tile(), {"saliency": tile(), "Grad-CAM": tile(), "LayerCAM": tile()}, names[0])
+            for _ in range(2)
+        ),
+        segmentation=R.Segmentation(
+            "val",
+            40,
+            (
+                R.Pipeline("LayerCAM seeds + GrabCut", "default", estimate(0.786, 0.765, 0.806)),
+                R.Pipeline("classic", "recipe", estimate(0.498, 0.478, 0.517), estimate(0.288, 0.262, 0.313)),
+                R.Pipeline(
+                    "GrabCut from a centre box",
+                    "baseline",
+                    estimate(0.703, 0.676, 0.729),
+                    estimate(0.083, 0.061, 0.106),
+                    "no network",
+                ),
+            ),
+            per_image=tuple(np.linspace(0.3, 0.95, 40).tolist()),
+            gallery=tuple(R.MaskPicture(key, tile(), iou) for iou in (0.3, 0.95, 0.6, 0.5, 0.8)),
+        ),
+        skipped=(("train/broken.jpg", "truncated JPEG"),),
+        commands=("clearwing train DATA --out RUN", "clearwing report RUN DATA"),
+        environment={"torch": "2.15.0", "device": "2 CPU cores"},
+    )
