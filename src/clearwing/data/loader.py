@@ -1,0 +1,244 @@
+"""Decode every picture once into a uint8 cache, then build batches from it on the device."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from clearwing.data.preprocess import QuietPillow, fit_geometry, fit_picture, read_picture, square
+from clearwing.data.sources import Sample, cache_home
+from clearwing.types import Batch, ClearwingError, Geometry
+
+MEMORY = 2 * 2**30
+"""A cache of more bytes than this is a memory-mapped file; one of fewer may stay on the GPU."""
+TASK = 32
+"""Pictures that one thread takes at a time."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """Decoded pictures of one size, ready to be batched. `load_pictures` makes them.
+
+    `images` is uint8 (N, C, H, W), laid out channels last; past a stated size it is a file mapped into memory, which
+    lives as long as the tensor.
+    """
+
+    images: Tensor  # (N, C, H, W) uint8
+    labels: Tensor | None  # (N,) int64; None where a picture has no label
+    samples: tuple[Sample, ...]  # N
+    geometry: tuple[Geometry, ...]  # N
+    skipped: tuple[tuple[str, str], ...] = ()  # (key, reason) of the pictures that could not be read
+    _resident: dict[torch.device, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(sample.key for sample in self.samples)
+
+    def subset(self, which: int | Sequence[int] | Tensor) -> Pictures:
+        """The pictures at these positions, or so many of them, evenly spread (all classes stay, in sorted data)."""
+        index = spread(len(self), which) if isinstance(which, int) else [int(i) for i in which]
+        at = torch.tensor(index, dtype=torch.int64)
+        return Pictures(
+            self._pixels[at].permute(0, 3, 1, 2),
+            None if self.labels is None else self.labels[at],
+            tuple(self.samples[i] for i in index),
+            tuple(self.geometry[i] for i in index),
+            self.skipped,
+        )
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        device: Any = "cpu",
+        shuffle: Generator | None = None,
+        augment: Callable[[Tensor, Generator], Tensor] | None = None,
+        generator: Generator | None = None,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """One pass over the pictures: float32 images in [0, 1] on the device, channels last.
+
+        `shuffle` (a CPU generator) draws the order. `augment` is called as `augment(images, generator)`; an augmented
+        batch has no geometry, for there is no way back. On CUDA a small set stays on the device after the first pass.
+        """
+        if batch_size < 1:
+            raise ClearwingError("batch_size", batch_size, "give at least 1")
+        if augment is not None and generator is None:
+            raise ClearwingError("generator", None, "augmentation draws from a torch.Generator: give one")
+        return self._batches(batch_size, torch.device(device), shuffle, augment, generator, drop_last)
+
+    def _batches(
+        self,
+        batch_size: int,
+        device: torch.device,
+        shuffle: Generator | None,
+        augment: Callable[[Tensor, Generator], Tensor] | None,
+        generator: Generator | None,
+        drop_last: bool,
+    ) -> Iterator[Batch]:
+        N = len(self)
+        order = torch.arange(N) if shuffle is None else torch.randperm(N, generator=shuffle)
+        pixels = self._on(device)
+        for start in range(0, N - batch_size + 1 if drop_last else N, batch_size):
+            index = order[start : start + batch_size]
+            picked = pixels[index.to(pixels.device)]  # (n, H, W, C) uint8
+            if picked.device.type != device.type:
+                picked = (picked.pin_memory() if device.type == "cuda" else picked).to(device, non_blocking=True)
+            images = picked.permute(0, 3, 1, 2).to(torch.float32).div_(255)
+            positions = index.tolist()
+            geometry: tuple[Geometry, ...] = ()
+            if augment is not None and generator is not None:
+                images = augment(images, generator)
+            else:
+                geometry = tuple(self.geometry[i] for i in positions)
+            yield Batch(
+                images.contiguous(memory_format=torch.channels_last),
+                None if self.labels is None else self.labels[index].to(device, non_blocking=True),
+                tuple(self.samples[i].key for i in positions),
+                geometry,
+            )
+
+    @property
+    def _pixels(self) -> Tensor:  # (N, H, W, C), as it lies in memory
+        return self.images.permute(0, 2, 3, 1)
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The pixels on the device where they fit there easily, otherwise where they are."""
+        if device.type != "cuda" or self.images.nbytes > MEMORY:
+            return self._pixels
+        if device not in self._resident:
+            if self.images.nbytes * 4 > torch.cuda.mem_get_info(device)[0]:
+                return self._pixels
+            self._resident[device] = self._pixels.to(device)
+        return self._resident[device]
+
+    def mean_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel over all pixels, in [0, 1]; exact, by counting the 256 values."""
+        C = self.images.shape[1]
+        counts = torch.zeros(C, 256, dtype=torch.int64)
+        for part in self._pixels.split(256):
+            flat = part.reshape(-1, C)
+            counts += torch.stack([torch.bincount(flat[:, c], minlength=256) for c in range(C)])
+        share = counts.double() / counts.sum(1, keepdim=True)
+        value = torch.arange(256, dtype=torch.float64) / 255
+        mean = share @ value
+        variance = (share * (value - mean[:, None]) ** 2).sum(1)
+        return tuple(mean.tolist()), tuple(variance.sqrt().tolist())
+
+    def class_counts(self, num_classes: int) -> Tensor:
+        """Pictures of each class, (num_classes,) int64."""
+        if self.labels is None:
+            raise ClearwingError("labels", None, "these pictures have no labels")
+        return torch.bincount(self.labels, minlength=num_classes)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """`count` positions spread evenly over `length`, or all: what `--limit` takes, so that sorted classes all stay."""
+    if count < 1:
+        raise ClearwingError("limit", count, "give at least 1 picture")
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
+
+
+def load_pictures(
+    samples: Sequence[Sample],
+    size: int | Sequence[int],
+    *,
+    fit: str = "crop",
+    channels: int = 3,
+    memory: int = MEMORY,
+    cache_dir: str | Path | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Pictures:
+    """Decode the samples once to uint8 pictures of one size (a side or (H, W)), with threads.
+
+    `fit` says how a picture meets the size: squash, crop or pad (`fit_picture`). A cache of more than `memory` bytes is
+    a nameless file in `cache_dir` (by default the cache folder of Clearwing), gone with the process. `progress` is
+    called with the number done and the total. A picture that cannot be read is passed over and listed in `skipped`.
+
+    Raises ClearwingError where there is no sample, where none can be read, or where the disk is too small.
+    """
+    if not samples:
+        raise ClearwingError("samples", "[]", "there is no picture to load")
+    if channels not in (1, 3):
+        raise ClearwingError("channels", channels, "choose 1 (grey) or 3 (RGB)")
+    fit_geometry(1, 1, size, fit)  # a wrong setting is no fault of the pictures
+    H, W = square(size)
+    pixels = _cache((len(samples), H, W, channels), memory, cache_dir)
+    geometry: list[Geometry | None] = [None] * len(samples)
+    skipped: dict[int, str] = {}
+
+    def decode(start: int) -> int:
+        part = range(start, min(start + TASK, len(samples)))
+        for i in part:
+            try:
+                picture = read_picture(samples[i].source, channels)
+            except ClearwingError as error:
+                skipped[i] = error.mend
+                continue
+            fitted, geometry[i] = fit_picture(picture, (H, W), fit)
+            pixels[i] = fitted.permute(1, 2, 0)
+        return len(part)
+
+    starts = range(0, len(samples), TASK)
+    workers = min(workers or _cores(), len(starts))
+    with QuietPillow(), ThreadPoolExecutor(max(1, workers)) as pool:
+        done = 0
+        try:
+            for count in pool.map(decode, starts) if workers > 1 else map(decode, starts):
+                done += count
+                if progress is not None:
+                    progress(done, len(samples))
+        finally:  # Ctrl-C must not wait for the pictures that are still to come
+            pool.shutdown(cancel_futures=True)
+    if len(skipped) == len(samples):
+        raise ClearwingError("pictures", samples[0].key, f"none of {len(samples)} can be read: {skipped[0]}")
+    kept = [i for i in range(len(samples)) if i not in skipped]
+    for place, i in enumerate(kept[min(skipped) :] if skipped else (), start=min(skipped, default=0)):
+        pixels[place] = pixels[i]  # close the gaps in place: the cache may be larger than the memory
+    labels = [samples[i].label for i in kept]
+    known = [label for label in labels if label is not None]
+    return Pictures(
+        pixels[: len(kept)].permute(0, 3, 1, 2),
+        torch.tensor(known, dtype=torch.int64) if len(known) == len(labels) else None,
+        tuple(samples[i] for i in kept),
+        tuple(place for place in geometry if place is not None),
+        tuple((samples[i].key, skipped[i]) for i in sorted(skipped)),
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cache(shape: tuple[int, int, int, int], memory: int, cache_dir: str | Path | None) -> Tensor:
+    """An empty uint8 (N, H, W, C) in memory or, past `memory` bytes, in a file that has no name any more."""
+    needed = math.prod(shape)
+    if needed <= memory:
+        return torch.empty(shape, dtype=torch.uint8)
+    folder = cache_home() if cache_dir is None else Path(cache_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ClearwingError(
+            "cache_dir",
+            folder,
+            f"{needed / 2**30:.1f} GiB needed, {free / 2**30:.1f} free: name another or a smaller size",
+        )
+    with tempfile.TemporaryFile(dir=folder, prefix="clearwing-") as file:
+        return torch.from_numpy(np.memmap(file, np.uint8, mode="w+", shape=shape))
