@@ -1,0 +1,111 @@
+"""ReLU rules: the backward pass of any network with the plain, the guided or the deconvnet rule at its ReLUs.
+
+The model is not changed. `nn.ReLU`, `F.relu`, `torch.relu` and their in-place forms all end in the one operator
+`aten.threshold_backward` with threshold 0, and a dispatch mode around `torch.autograd.grad` replaces that operator. So
+the spelling does not matter, nor does a module that is used twice, and a rule that found no ReLU is known and refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clearwing.types import ClearwingError, near
+
+RELU_RULES = ("plain", "guided", "deconvnet")
+
+# Elementwise non-linearities to which the rules do not apply, by the names of their nodes in the graph. Not
+# max-pooling: it chooses a place and has no sign; not softmax: it stands in the head.
+# fmt: off
+_OTHERS = frozenset((
+    "Abs", "Celu", "Clamp", "ClampMax", "ClampMin", "Elu", "Erf", "Fmax", "Fmin", "Gelu", "Glu", "Hardshrink",
+    "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyRelu", "LogSigmoid", "MaskedFill", "Maximum", "Minimum", "Mish",
+    "PreluKernel", "RreluWithNoise", "Sigmoid", "Silu", "Sin", "Softplus", "Softshrink", "Tanh", "Where",
+))
+# fmt: on
+_COMPILED = ("CompiledFunction", "DifferentiableGraph")  # torch.compile and torch.jit: ReLUs fused out of sight
+
+
+class _ReluRule(TorchDispatchMode):
+    """Replace the backward of every ReLU, and count them.
+
+    R is the gradient that arrives at the ReLU's output. The gradient itself passes R where the activation is positive;
+    guided, Springenberg et al. 2015 section 3.4: passes max(R, 0) there; deconvnet, Zeiler and Fergus 2014 section 2.1:
+    passes max(R, 0) everywhere.
+    """
+
+    def __init__(self, rule: str) -> None:
+        super().__init__()
+        self.rule, self.met = rule, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.threshold_backward.default or args[2] != 0:
+            return func(*args, **(kwargs or {}))
+        self.met += 1
+        R, activation = args[0].clamp(min=0), args[1]
+        return R if self.rule == "deconvnet" else func(R, activation, 0)
+
+
+def differentiate(
+    scores: Tensor, sources: Sequence[Tensor], relu_rule: str = "plain"
+) -> tuple[tuple[Tensor | None, ...], str]:
+    """The gradients of the sum of the scores at the sources, and a line on what the rule left alone ("" if nothing).
+
+    The graph stays alive; no `.grad` is touched. None stands for a source that the scores do not depend on.
+
+    Raises ClearwingError for an unknown rule, and under the guided and deconvnet rules where no ReLU lies between the
+    scores and the sources, or a compiled function that may hide some.
+    """
+    if relu_rule not in RELU_RULES:
+        raise ClearwingError("relu_rule", relu_rule, near(relu_rule, RELU_RULES))
+    total = scores.sum()
+    if relu_rule == "plain":
+        return torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True), ""
+    others = Counter(name for node in _between(total, sources) if (name := _unruled(node)))
+    counted = ", ".join(f"{name} x {count}" for name, count in sorted(others.items()))
+    if any(name.startswith(_COMPILED) for name in others):
+        mend = "its ReLUs are out of sight of the rule; explain the network as it is before compiling"
+        raise ClearwingError("model", f"compiled functions ({counted})", mend)
+    with _ReluRule(relu_rule) as mode:
+        found = torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True)
+    if mode.met == 0:
+        met = f"no ReLU between the scores and what is explained{f', but {counted}' if counted else ''}"
+        raise ClearwingError("model", met, f"the {relu_rule} rule would be the plain gradient; ask for saliency")
+    left = f"the {relu_rule} rule changed {mode.met} ReLUs; other non-linearities keep their gradient: {counted}"
+    return found, left if counted else ""
+
+
+def _between(scores: Tensor, sources: Sequence[Tensor]) -> set[Node]:
+    """The nodes of the graph on a path from the scores to a source."""
+    users: dict[Node, list[Node]] = {get_gradient_edge(scores).node: []}
+    waiting = list(users)
+    while waiting:
+        user = waiting.pop()
+        for node, _ in user.next_functions:
+            if node is not None:
+                if node not in users:
+                    users[node] = []
+                    waiting.append(node)
+                users[node].append(user)
+    path: set[Node] = set()
+    waiting = [node for source in sources if (node := get_gradient_edge(source).node) in users]
+    while waiting:
+        node = waiting.pop()
+        if node not in path:
+            path.add(node)
+            waiting += users[node]
+    return path
+
+
+def _unruled(node: Node) -> str:
+    """The name of a non-linearity that the rules leave as it is; "" for every other node."""
+    name = node.name().rsplit("::", 1)[-1].rstrip("0123456789").removesuffix("Backward")
+    own = isinstance(node, torch.autograd.function.BackwardCFunction)  # a custom autograd.Function: opaque
+    shifted = name == "Threshold" and getattr(node, "_saved_threshold", 0) != 0
+    return name if own or shifted or name in _OTHERS or name.startswith(_COMPILED) else ""
