@@ -123,7 +123,9 @@ class TrainConfig(Source):
     val: str | None = None
     """Split to watch. Default: val, else a seeded stratified slice of train. `--val test` is said in the report."""
     val_fraction: float = 0.2
-    """Share of each class taken from train when there is no val."""
+    """Share of each class taken from train when there is no val (with `--val test`, nothing is taken)."""
+    test_fraction: float = 0.0
+    """Share of each class taken from train when there is no test; 0: none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 where the processor has it, else float32."""
     threads: int | None = None
@@ -149,7 +151,7 @@ class EvaluateConfig(Source):
     data: Positional[str]
     """Pictures with labels, as for train."""
     split: str = "val"
-    """Which part of DATA."""
+    """Which part of DATA: train, val, test, or all of it."""
     weights: Literal["last", "best"] = "last"
     """The last weights, or the best on val (never a headline on val itself)."""
     masks: str | None = None
@@ -235,7 +237,7 @@ class SegmentConfig(Source):
     out: str
     """Folder for the masks and segmentation.json."""
     split: str = "val"
-    """Which part of DATA."""
+    """Which part of DATA: train, val, test, or all of it."""
     masks: str | None = None
     """Folder of true masks to score against. Default: DATA/MASKS, if there."""
     recipe: Literal["default", "classic"] = "default"
@@ -294,6 +296,12 @@ C = TypeVar("C", bound=Common)
 def as_json(config: Common) -> dict[str, Any]:
     """The settings as plain values, for config.json."""
     return dataclasses.asdict(config)
+
+
+def split_settings(config: TrainConfig) -> dict[str, Any]:
+    """How `open_data` slices train: the same for every command that works on one run."""
+    val = config.val_fraction if config.val in (None, "val") else 0.0
+    return {"val_fraction": val, "test_fraction": config.test_fraction, "seed": config.seed}
 
 
 def from_file(kind: type[C], path: str | Path) -> dict[str, Any]:

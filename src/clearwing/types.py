@@ -117,7 +117,8 @@ class Explanation:
         return self.logits.argmax(1)
 
     def to(self, device: Any) -> Explanation:
-        return replace(self, **{name: value.to(device) for name, value in self.tensors().items()})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in self.tensors().items()}
+        return replace(self, **moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
@@ -126,7 +127,7 @@ class Explanation:
 
     def picture(self, i: int) -> Explanation:
         """The explanation of picture i alone, N = 1."""
-        tensors = {name: value[i : i + 1].clone() for name, value in self.tensors().items()}
+        tensors: dict[str, Any] = {name: value[i : i + 1].clone() for name, value in self.tensors().items()}
         return replace(self, **tensors, geometry=self.geometry[i : i + 1], keys=self.keys[i : i + 1])
 
     @staticmethod
@@ -187,7 +188,7 @@ class Explanation:
             raise ClearwingError("path", path, f"not a safetensors file ({error})") from error
         if about.get("format") != "clearwing.Explanation/1":
             raise ClearwingError("path", path, "give a file that Explanation.save wrote")
-        geometry = tuple(Geometry(*row[:6], size=(row[6], row[7]), flip=bool(row[8])) for row in about["geometry"])
+        geometry = tuple(Geometry(*row[:6], (row[6], row[7]), bool(row[8])) for row in about["geometry"])
         return Explanation(
             **tensors,
             method=about["method"],

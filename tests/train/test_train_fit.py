@@ -4,17 +4,23 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from clearwing.train.fit import FitState, classification, fit, make_fabric
 from clearwing.train.optim import optimizer, parameter_groups
 from clearwing.train.schedule import Steps, schedule
 from clearwing.types import Batch, ClearwingError
-from torch import nn
 
 
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
     )
 
 

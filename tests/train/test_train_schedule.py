@@ -1,6 +1,7 @@
 """Schedules end where they should, and plans keep to steps, to the clock, or to what an earlier run did."""
 
 import pytest
+
 from clearwing.train.schedule import SCHEDULES, Budget, FirstEpoch, Replay, Steps, schedule
 from clearwing.types import ClearwingError
 

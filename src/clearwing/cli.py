@@ -1,0 +1,153 @@
+"""The command line: parse, call a job, print. Torch is imported only when a job is called."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from clearwing import config as configs
+from clearwing.types import ClearwingError
+
+COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
+    "train": (configs.TrainConfig, "clearwing.jobs.train:train"),
+    "evaluate": (configs.EvaluateConfig, "clearwing.jobs.evaluate:evaluate"),
+    "predict": (configs.PredictConfig, "clearwing.jobs.evaluate:predict"),
+    "explain": (configs.ExplainConfig, "clearwing.jobs.explain:explain"),
+    "segment": (configs.SegmentConfig, "clearwing.jobs.segment:segment"),
+    "report": (configs.ReportConfig, "clearwing.jobs.report:report"),
+    "demo": (configs.DemoConfig, "clearwing.jobs.demo:demo"),
+}
+_ABOUT = "Train an image classifier, see where it looks and why it errs, and get masks that nobody had to draw."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 found before work started, 1 later."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in argv
+    try:
+        name, config = parse(argv)
+        result = _job(COMMANDS[name][1])(config)
+    except ClearwingError as error:
+        return _failed(error, as_json)
+    except KeyboardInterrupt:
+        return _failed(ClearwingError("command", argv[0], "stopped by Ctrl-C", exit_code=1), as_json)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        sys.stderr.close()
+        return 0
+    if result is None:
+        return 0
+    print(json.dumps(result["json"]) if as_json else result["text"])
+    return int(result.get("exit_code", 0))
+
+
+def parse(argv: list[str]) -> tuple[str, configs.Common]:
+    """The command and its settings. `--help` and `--version` print and exit 0; what is wrong raises ClearwingError."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_help())
+        raise SystemExit(0)
+    if argv[0] in ("-V", "--version"):
+        from clearwing import __version__
+
+        print(f"clearwing {__version__}")
+        raise SystemExit(0)
+    name = argv[0]
+    if name not in COMMANDS:
+        raise ClearwingError("command", name, configs.near(name, list(COMMANDS)))
+    kind = COMMANDS[name][0]
+    return name, _parse_settings(name, kind, argv[1:])
+
+
+def _parse_settings(name: str, kind: type[configs.Common], argv: list[str]) -> configs.Common:
+    import tyro
+
+    defaults: dict[str, Any] = {}
+    given = next((i for i, word in enumerate(argv) if word.split("=")[0] == "--config"), None)
+    if given is not None and kind is configs.TrainConfig:
+        value = argv[given].partition("=")[2] or (argv[given + 1] if given + 1 < len(argv) else "")
+        defaults = configs.from_file(kind, value)
+        defaults = {key: item for key, item in defaults.items() if key not in ("resume", "overwrite", "json", "config")}
+    written = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(written):
+            return tyro.cli(
+                _with_defaults(kind, defaults),
+                prog=f"clearwing {name}",
+                args=argv,
+                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise _one_line(written.getvalue(), name, kind) from None
+
+
+def _with_defaults(kind: type[configs.Common], defaults: dict[str, Any]) -> type[configs.Common]:
+    """The same settings with other defaults (those of a config.json); required ones that it gives are optional then."""
+    if not defaults:
+        return kind
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    namespace: dict[str, Any] = {"__doc__": kind.__doc__, "__module__": kind.__module__}
+    for key, value in defaults.items():
+        namespace[key] = dataclasses.field(default=value, kw_only=fields[key].kw_only)
+    namespace["__annotations__"] = {key: fields[key].type for key in defaults}
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type(kind.__name__, (kind,), namespace))
+
+
+def _one_line(text: str, name: str, kind: type[configs.Common]) -> ClearwingError:
+    """The parser's boxed message as an error with argument, value and mend."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    words = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())
+    mend = f"see clearwing {name} --help"
+    if found := re.search(r"Error parsing (--[\w-]+).*? could be instantiated from \['(.*?)'\]", words):
+        needed = re.search(r"no type matching (\S+)", words)
+        kinds = needed.group(1).replace("{None}|", "") if needed else "another value"
+        return ClearwingError(found.group(1), found.group(2), f"give {kinds}; {mend}")
+    if found := re.search(r"invalid choice '(.*?)' for argument '(--[\w-]+)'. Expected one of \((.*?)\)", words):
+        return ClearwingError(found.group(2), found.group(1), f"choose one of {found.group(3)}".replace("'", ""))
+    if found := re.search(r"Unrecognized options: (.*?)(?: Perhaps| Similar| For full|$)", words):
+        wrong = found.group(1).split(",")[0].strip()
+        options = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)]
+        return ClearwingError(wrong, "no such option", configs.near(wrong, options) if wrong[:1] == "-" else mend)
+    if "Missing from" in words:
+        fields = [field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+        shown = [field.name.upper() if _positional(field) else f"--{field.name}" for field in fields]
+        return ClearwingError(name, "something is missing", f"needs {', '.join(shown)}; {mend}")
+    if found := re.search(r"(--[\w-]+)", words):
+        return ClearwingError(found.group(1), words.partition("For full helptext")[0], mend)
+    return ClearwingError(name, words.partition("For full helptext")[0], mend)
+
+
+def _positional(field: dataclasses.Field[Any]) -> bool:
+    return str(field.type).startswith("Positional")
+
+
+def _help() -> str:
+    lines = ["usage: clearwing COMMAND ...", "", _ABOUT, "", "commands:"]
+    for name, (kind, _) in COMMANDS.items():
+        lines.append(f"  {name:<10}{(kind.__doc__ or '').strip().splitlines()[0]}")
+    lines += ["", "clearwing COMMAND --help says what a command can be told. Start with: clearwing demo"]
+    return "\n".join(lines)
+
+
+def _job(where: str) -> Any:
+    module, _, function = where.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _failed(error: ClearwingError, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps({"error": {"argument": error.argument, "value": error.value, "mend": error.mend}}))
+    else:
+        print(f"clearwing: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

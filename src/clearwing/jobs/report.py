@@ -1,0 +1,399 @@
+"""The job `report`: everything a run holds, as one page and as PNG files."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clearwing.attribution.methods import METHODS, explain
+from clearwing.attribution.trace import find_layer
+from clearwing.config import ReportConfig
+from clearwing.data.loader import Pictures, spread
+from clearwing.data.preprocess import read_mask, read_picture, restore
+from clearwing.jobs import inputs
+from clearwing.jobs.evaluate import scores
+from clearwing.jobs.progress import Progress
+from clearwing.jobs.train import predict_logits
+from clearwing.run import Run, read_json
+from clearwing.show import draw
+from clearwing.show import report as page
+from clearwing.train.fit import make_fabric
+from clearwing.types import Batch, ClearwingError
+
+EXPLAINED = 6  # pictures that all methods are shown on
+
+
+def report(config: ReportConfig) -> dict[str, Any]:
+    """Write RUN/report.html and RUN/pictures/*.png; returns what the command prints."""
+    run = Run.load(config.run)
+    split = config.split or run.config["resolved"]["watch"]
+    with Progress(config.json) as progress:
+        seen = look(run, config, split, progress)
+        parts = segmentations(run)
+        found = page.Report(
+            title=run.path.resolve().name,
+            when=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+            facts=facts(run),
+            specimen=specimen(seen, parts) if seen else None,
+            data=data_facts(run),
+            training=training(run),
+            evaluations=evaluations(run, seen, split),
+            mistakes=mistakes(seen, config) if seen and seen.labels is not None else None,
+            mistakes_total=len(seen.wrong()) if seen and seen.labels is not None else None,
+            methods=method_rows(seen) if seen else (),
+            segmentation=segmentation(run, parts, config.most),
+            skipped=tuple((str(key), str(reason)) for key, reason in run.config["data"]["skipped"]),
+            commands=commands(run, parts, split),
+            environment={key: str(value) for key, value in run.config["environment"].items()},
+        )
+        path = page.write_report(run.file("report.html"), found)
+        files = write_pictures(run, found)
+    result = {"report": str(path), "pictures": [str(file) for file in files], "skipped": seen.skipped if seen else 0}
+    return {"json": result, "text": f"report: {path}\npictures: {run.file('pictures')} ({len(files)} PNG files)"}
+
+
+class Seen:
+    """A split as the network sees it: the pictures, its logits, and the true classes where they are known."""
+
+    def __init__(self, run: Run, pictures: Pictures, logits: Tensor, labels: Tensor | None, larger_than: int | None):
+        self.run, self.pictures, self.logits, self.labels = run, pictures, logits, labels
+        self.skipped = len(pictures.skipped)
+        self.names = run.class_names
+        self.predicted = logits.argmax(1)
+        self.confidence = logits.softmax(1).amax(1)
+        self.model = run.model
+        one = next(iter(pictures.subset(1).batches(1))).images
+        self.layer = find_layer(self.model, one, larger_than=larger_than)
+
+    def wrong(self) -> list[int]:
+        """The misclassified, the most confident first."""
+        if self.labels is None:
+            return []
+        found = (self.predicted != self.labels).nonzero().flatten().tolist()
+        return sorted(found, key=lambda i: -float(self.confidence[i]))
+
+    def batch(self, indices: list[int]) -> Batch:
+        return next(iter(self.pictures.subset(indices).batches(len(indices))))
+
+    def picture(self, i: int) -> Any:
+        """The original picture, uint8 (H, W, 3)."""
+        return draw.to_rgb(read_picture(self.pictures.samples[i].source))
+
+    def overlays(self, indices: list[int], method: str, target: Any = "pred") -> list[Any]:
+        """The method's overlay on the original picture, for each."""
+        made = explain(
+            self.model, self.batch(indices), method, self.layer if METHODS[method].needs_layer else None, target
+        )
+        full = restore(made.maps[:, 0], made.geometry)
+        return [draw.overlay(self.picture(i), item) for i, item in zip(indices, full, strict=True)]
+
+    def about(self, i: int) -> str:
+        said = f"predicted {self.names[int(self.predicted[i])]} ({float(self.confidence[i]):.0%})"
+        return said if self.labels is None else f"true {self.names[int(self.labels[i])]}, {said}"
+
+
+def look(run: Run, config: ReportConfig, split: str, progress: Progress) -> Seen | None:
+    """The split through the network; None where its pictures are not there any more."""
+    try:
+        dataset = inputs.open_run_data(run, config.data, config.classes, config.pattern)
+        samples = inputs.split_of(dataset, split)
+    except ClearwingError as error:
+        if config.data is not None or config.split is not None:
+            raise
+        progress.say(f"note: the report has no pictures: {error}")
+        return None
+    loaded = inputs.open_model(config.run)
+    pictures = inputs.load_for(loaded, samples, config.limit, progress)
+    inputs.told_skipped(pictures, progress)
+    fabric = make_fabric(config.device, "float32")
+    logits, labels = predict_logits(run.model.to(fabric.device), pictures, fabric)
+    run.model.cpu()  # the galleries are a few dozen pictures
+    return Seen(run, pictures, logits, labels if len(labels) else None, config.larger_than)
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What kind of network it is."""
+    made, resolved = run.config["model"], run.config["resolved"]
+    parameters = sum(p.numel() for p in run.model.parameters())
+    return {
+        "Network": str(made["name"]),
+        "Parameters": f"{parameters:,}",
+        "Input": f"{resolved['size']} x {resolved['size']} px",
+        "Classes": str(len(run.class_names)),
+        "Start": str(run.config["train"]["weights"] or "from scratch"),
+    }
+
+
+def data_facts(run: Run) -> page.DataFacts:
+    data, watch = run.config["data"], run.config["resolved"]["watch"]
+    notes = list(data["notes"])
+    if watch == "test":
+        notes.append("training watched the test split; its accuracy is no measure of new pictures if it guided choices")
+    return page.DataFacts(data["name"], run.class_names, data["splits"], tuple(notes))
+
+
+def training(run: Run) -> page.Training | None:
+    """The epochs; figures of the watched split under its own name."""
+    watch = run.config["resolved"]["watch"]
+    rows = tuple(
+        {(key.replace("val_", f"{watch}_", 1) if key.startswith("val_") else key): value for key, value in row.items()}
+        for row in run.metrics
+    )
+    if not rows:
+        return None
+    return page.Training(rows, sum(row["seconds"] for row in rows))
+
+
+def evaluations(run: Run, seen: Seen | None, split: str) -> tuple[page.Evaluation, ...]:
+    """What evaluate wrote, the report's split first; computed here where it was not run."""
+    results = {name: result for name, result in run.results().items() if "accuracy" in result}
+    if split not in results and seen is not None and seen.labels is not None:
+        results[split] = scores(seen.logits, seen.labels, run.class_names) | {"split": split, "weights": "last"}
+    ordered = sorted(results.items(), key=lambda item: (item[0] != split, item[1]["weights"] != "last", item[0]))
+    made = []
+    for _, result in ordered:
+        rows = tuple(
+            page.ClassScore(name, row["n"], page.Estimate(row["accuracy"] or 0.0, *row["ci95"]))
+            for name, row in result["per_class"].items()
+        )
+        made.append(
+            page.Evaluation(
+                result["split"],
+                result["n"],
+                page.Estimate(result["accuracy"], *result["ci95"]),
+                result["loss"],
+                result["top5"],
+                result["weights"],
+                rows,
+                tuple(tuple(row) for row in result["confusion"]),
+                tuple(result["class_names"]),
+                tuple(result.get("notes", ())),
+            )
+        )
+    return tuple(made)
+
+
+def mistakes(seen: Seen, config: ReportConfig) -> tuple[page.Mistake, ...]:
+    """The misclassified with the Grad-CAM of the class they were taken for and of the class they are."""
+    wrong = seen.wrong()[: config.most]
+    if not wrong or seen.labels is None:
+        return ()
+    taken = seen.overlays(wrong, "grad-cam", seen.predicted[wrong])
+    true = seen.overlays(wrong, "grad-cam", seen.labels[wrong])
+    return tuple(
+        page.Mistake(
+            seen.pictures.keys[i],
+            seen.names[int(seen.labels[i])],
+            seen.names[int(seen.predicted[i])],
+            float(seen.confidence[i]),
+            seen.picture(i),
+            taken[at],
+            true[at],
+        )
+        for at, i in enumerate(wrong)
+    )
+
+
+def method_rows(seen: Seen) -> tuple[page.MethodRow, ...]:
+    """Pictures spread over the split as every method sees them."""
+    shown = spread(len(seen.pictures), EXPLAINED)
+    drawn = {name: seen.overlays(shown, name) for name in METHODS}
+    return tuple(
+        page.MethodRow(seen.pictures.keys[i], seen.picture(i), {name: drawn[name][at] for name in drawn}, seen.about(i))
+        for at, i in enumerate(shown)
+    )
+
+
+class Part:
+    """What one call of segment left in the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.result: dict[str, Any] = read_json(folder / "segmentation.json")
+        self.recipe = str(self.result["recipe"])
+        self.per_image: dict[str, float] = self.result["per_image"]
+
+    def mask(self, key: str) -> Tensor:
+        return read_mask(self.folder / self.result["files"][key])
+
+
+def segmentations(run: Run) -> list[Part]:
+    """What segment wrote below the run; the default recipe first."""
+    files = [*run.path.glob("*/segmentation.json"), *run.path.glob("*/*/segmentation.json")]
+    return sorted((Part(file.parent) for file in sorted(files)), key=lambda part: part.recipe != "default")
+
+
+def segmentation(run: Run, parts: list[Part], most: int) -> page.Segmentation | None:
+    """The recipes and baselines side by side, and the masks from best to worst."""
+    if not parts:
+        return None
+    first, result = parts[0], parts[0].result
+    return page.Segmentation(
+        result["split"],
+        result["n"],
+        pipelines(parts),
+        result["masks_used_for_calibration"],
+        str(result["threshold"]["how"]),
+        tuple(first.per_image.values()),
+        mask_gallery(run, first, most),
+        tuple(result["notes"]),
+    )
+
+
+def pipelines(parts: list[Part]) -> tuple[page.Pipeline, ...]:
+    """Every way to masks with its interval; differences are of the first one's IoU, picture by picture."""
+    from clearwing.measure.overlap import paired_interval
+
+    first = parts[0]
+    if not first.per_image:
+        return ()
+    rows: dict[str, page.Pipeline] = {}
+    for part in parts:
+        if part.recipe in rows or part.result["split"] != first.result["split"] or part.result["mean_iou"] is None:
+            continue
+        difference = None
+        if part is not first and part.per_image.keys() == first.per_image.keys():
+            own = torch.tensor([first.per_image[key] for key in first.per_image], dtype=torch.float64)
+            other = torch.tensor([part.per_image[key] for key in first.per_image], dtype=torch.float64)
+            difference = page.Estimate(float((own - other).mean()), *paired_interval(own, other))
+        kind = "default" if part is first else "recipe"
+        value = page.Estimate(part.result["mean_iou"], *part.result["ci95"])
+        rows[part.recipe] = page.Pipeline(part.recipe, kind, value, difference, about_recipe(part.result))
+    for name, value in first.result["baselines"].items():
+        found = first.result["differences"][name]
+        rows[name] = page.Pipeline(
+            name,
+            "baseline",
+            page.Estimate(value, *first.result["baseline_ci95"][name]),
+            page.Estimate(found["mean"], *found["ci95"]),
+            BASELINES.get(name, ""),
+        )
+    return tuple(rows.values())
+
+
+BASELINES = {
+    "everything": "every pixel foreground",
+    "centre-gaussian": "a Gaussian on the centre, 80th percentile, 5x5 max-pool; no network",
+    "centre-box-grabcut": "GrabCut from a centre box; no network",
+    "untrained-network": "the same pipeline on the network before training",
+}
+
+
+def about_recipe(result: dict[str, Any]) -> str:
+    """A recipe in a few words."""
+    how = result["threshold"]["recipe"]
+    if not how:
+        return ""
+    words = [" + ".join(how["maps"]), str(how["threshold"])]
+    words += [f"{how['pool']}x{how['pool']} max-pool"] if how["pool"] > 1 else []
+    words += ["GrabCut"] if how["refine"] == "grabcut" else []
+    return ", ".join(words)
+
+
+def samples_by_key(run: Run, split: str) -> dict[str, Any]:
+    """The samples of a split by their key; none where the data is gone."""
+    try:
+        dataset = inputs.open_run_data(run, None)
+        return {sample.key: sample for sample in inputs.split_of(dataset, split)}
+    except ClearwingError:
+        return {}
+
+
+def mask_gallery(run: Run, part: Part, most: int) -> tuple[page.MaskPicture, ...]:
+    """Pictures with the outlines of mask and truth, evenly spread from the best IoU to the worst."""
+    samples = samples_by_key(run, part.result["split"])
+    keys = sorted(part.per_image, key=lambda key: -part.per_image[key]) or list(samples)
+    keys = [key for key in keys if key in samples]
+    shown = []
+    for at in spread(len(keys), most) if keys else ():
+        sample = samples[keys[at]]
+        picture, mask = draw.to_rgb(read_picture(sample.source)), part.mask(sample.key)
+        truth = read_mask(sample.mask) if sample.mask is not None else None
+        if truth is not None and truth.shape != mask.shape:
+            truth = None
+        shown.append(page.MaskPicture(sample.key, draw.outline(picture, mask, truth), part.per_image.get(sample.key)))
+    return tuple(shown)
+
+
+def specimen(seen: Seen, parts: list[Part]) -> page.Specimen:
+    """One picture on the whole path. The one of median IoU, so that the head of the page promises nothing."""
+    at = len(seen.pictures) // 2
+    steps: dict[str, Any] = {}
+    part = next((part for part in parts if part.per_image.keys() & set(seen.pictures.keys)), None)
+    if part is not None:
+        ranked = sorted((key for key in part.per_image if key in seen.pictures.keys), key=lambda k: part.per_image[k])
+        at = seen.pictures.keys.index(ranked[len(ranked) // 2])
+    key, picture = seen.pictures.keys[at], seen.picture(at)
+    steps["picture"] = picture
+    steps["guided backprop"] = seen.overlays([at], "guided-backprop")[0]
+    steps["Grad-CAM"] = seen.overlays([at], "grad-cam")[0]
+    about = seen.about(at)
+    if part is not None:
+        steps["mask"] = draw.outline(picture, part.mask(key))
+        about += f"; the picture of median IoU, {part.per_image[key]:.2f}"
+    return page.Specimen(key, steps, about)
+
+
+def commands(run: Run, parts: list[Part], split: str) -> tuple[str, ...]:
+    """How to do it again."""
+    where = run.config["data"]["where"]
+    lines = [f"clearwing train --config {run.path}/config.json {where} --out {run.path}-again"]
+    if run.config["train"].get("command"):
+        lines = [run.config["train"]["command"]]
+    if run.config["train"].get("time_budget"):
+        lines[0] += f" --replay {run.path}/plan.json" if run.file("plan.json").is_file() else ""
+    lines.append(f"clearwing evaluate {run.path} {where} --split {split}")
+    lines += [
+        f"clearwing segment {run.path} {where} --split {part.result['split']}"
+        + (f" --recipe {part.recipe}" if part.recipe != "default" else "")
+        + f" --out {part.folder}"
+        for part in parts
+    ]
+    return (*lines, f"clearwing report {run.path}")
+
+
+def write_pictures(run: Run, found: page.Report) -> list[Path]:
+    """The report's pictures as PNG files."""
+    files: list[Path] = []
+
+    def target(name: str) -> Path:
+        path = run.file("pictures", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.append(path)
+        return path
+
+    if found.training:
+        draw.curves(found.training.metrics, target("curves.png"))
+    if found.evaluations:
+        first = found.evaluations[0]
+        draw.confusion([list(row) for row in first.confusion], first.class_names, target("confusion.png"))
+        rows = [row for row in first.per_class if row.n]
+        values = [row.accuracy for row in rows]
+        low, high = [v.low or 0.0 for v in values], [v.high or 0.0 for v in values]
+        names = [row.name for row in rows]
+        draw.bars(names, [v.value for v in values], target("per_class.png"), low=low, high=high)
+    tiles: list[Any]
+    if found.mistakes:
+        tiles, captions = [], []
+        for item in found.mistakes:
+            tiles += [item.picture, item.cam_predicted, item.cam_true]
+            captions += [item.key, f"taken for {item.predicted}\n{item.confidence:.0%}", f"true {item.true}"]
+        draw.save_png(draw.montage(tiles, captions, columns=6, size=176), target("misclassified.png"))
+    if found.methods:
+        tiles, captions = [], []
+        for row in found.methods:
+            tiles += [row.picture, *row.maps.values()]
+            captions += [row.about, *row.maps]
+        columns = 1 + len(found.methods[0].maps)
+        draw.save_png(draw.montage(tiles, captions, columns=columns, size=176), target("methods.png"))
+    if found.segmentation and found.segmentation.gallery:
+        shown = found.segmentation.gallery
+        captions = [f"IoU {item.iou:.2f}" if item.iou is not None else item.key for item in shown]
+        draw.save_png(
+            draw.montage([item.picture for item in shown], captions, columns=6, size=176), target("masks.png")
+        )
+    return files

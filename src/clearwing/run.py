@@ -1,0 +1,162 @@
+"""Run: the directory that commands hand on, written a file at a time under a temporary name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from clearwing.models.classifier import Classifier
+from clearwing.models.zoo import build
+from clearwing.types import ClearwingError, atomic_path
+
+WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}
+_RESULTS = ("config.json", "classes.json", "metrics.jsonl", "state.pt", "plan.json", "report.html", *WEIGHTS.values())
+_FOLDERS = ("evaluation", "tensorboard", "pictures")
+
+
+class Run:
+    """A directory with a trained network and its results.
+
+    >>> run = Run.load("runs/moths")
+    >>> run.model, run.class_names, run.metrics[-1]["val_accuracy"]
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+        self.path = path
+        self.config = config  # "train": the settings; "model": how to build it; "data", "environment": what was met
+
+    @staticmethod
+    def load(path: str | Path) -> Run:
+        """The run at `path`; ClearwingError where there is none."""
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise ClearwingError("run", path, "give a folder that clearwing train wrote (with config.json in it)")
+        return Run(path, read_json(path / "config.json"))
+
+    @staticmethod
+    def create(path: str | Path, *, overwrite: bool = False) -> Run:
+        """An empty run at `path`. One that is there is refused, or with `overwrite` what a run writes is deleted."""
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise ClearwingError("--out", path, "a file is in the way; give another name")
+        found = [name for name in (*_RESULTS, *_FOLDERS) if (path / name).exists()]
+        if found and not overwrite:
+            raise ClearwingError("--out", path, "holds a run already; use --resume, --overwrite or another --out")
+        for name in found:
+            if (path / name).is_dir():
+                shutil.rmtree(path / name)
+            else:
+                (path / name).unlink()
+        make_folder(path, "--out")
+        return Run(path, {})
+
+    def file(self, *names: str) -> Path:
+        return self.path.joinpath(*names)
+
+    def write_config(self, **parts: Any) -> None:
+        """Add parts to config.json."""
+        self.config = {**self.config, **parts}
+        write_json(self.file("config.json"), self.config)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(read_json(self.file("classes.json")))
+
+    @cached_property
+    def model(self) -> Classifier:
+        """The network with the last weights, in eval mode on the CPU."""
+        return self.load_model("last")
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dictionary an epoch, in order."""
+        path = self.file("metrics.jsonl")
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def build_model(self) -> Classifier:
+        """The network as it was before training: untrained weights from torch's random generator, in eval mode."""
+        made = dict(self.config["model"])
+        return build(made.pop("name"), made.pop("num_classes"), class_names=self.class_names, **made).eval()
+
+    def load_model(self, weights: str = "last") -> Classifier:
+        path = self.file(WEIGHTS[weights])
+        if not path.is_file():
+            raise ClearwingError("run", path, "has no weights; train it to its first epoch")
+        with torch.random.fork_rng(devices=[]):  # the random start is thrown away: it must not move the caller's RNG
+            model = self.build_model()
+        try:
+            model.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise ClearwingError("run", path, f"the weights do not fit config.json ({error})") from error
+        return model.to(memory_format=torch.channels_last).eval()
+
+    def save_weights(self, model: Classifier, weights: str = "last") -> None:
+        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+        with atomic_path(self.file(WEIGHTS[weights])) as temporary:
+            temporary.write_bytes(save(state, metadata={"format": "pt", "by": "clearwing"}))
+
+    def write_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
+        write_text(self.file("metrics.jsonl"), "".join(json.dumps(plain(row)) + "\n" for row in rows))
+
+    def results(self, folder: str = "evaluation") -> dict[str, dict[str, Any]]:
+        """What evaluate wrote, by split."""
+        return {path.stem: read_json(path) for path in sorted(self.file(folder).glob("*.json"))}
+
+
+def plain(value: Any) -> Any:
+    """The same in what JSON has: no tensors, tuples or paths; NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(plain(value), indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ClearwingError("run", path, f"cannot be read ({error})") from error
+
+
+def make_folder(path: Path, argument: str) -> Path:
+    """The folder, made where it is missing; ClearwingError where it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClearwingError(argument, path, f"cannot be made ({error.strerror}); give another folder") from error
+    return path
+
+
+def free_folder(path: str | Path, overwrite: bool, argument: str = "--out") -> Path:
+    """A folder to write results into: refused when it holds anything, unless `overwrite`."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ClearwingError(argument, path, "a file is in the way; give another name")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ClearwingError(argument, path, "exists and is not empty; use --overwrite or another folder")
+    return make_folder(path, argument)

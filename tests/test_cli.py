@@ -1,0 +1,239 @@
+"""The command line: exit codes, one line an error, one JSON object, and the whole path on a tiny data set."""
+
+import json
+import shutil
+
+import pytest
+
+from clearwing.cli import COMMANDS, main
+
+
+def run(capsys, *argv):
+    """(exit code, stdout, stderr) of one command."""
+    capsys.readouterr()
+    try:
+        code = main([str(word) for word in argv])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def failure(capsys, *argv):
+    """The one line on stderr of a command that must fail with 2, and the error object that --json gives for it."""
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("clearwing: ")
+    assert err.count("\n") == 1, err
+    code, out, _ = run(capsys, *argv, "--json")
+    assert code == 2
+    error = json.loads(out)["error"]
+    assert set(error) == {"argument", "value", "mend"}
+    return err
+
+
+def test_help_names_every_command(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0
+    assert all(name in out for name in COMMANDS)
+    assert run(capsys, "--version")[1].startswith("clearwing 0.")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_its_options(capsys, name):
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0
+    assert "--json" in out
+    assert "--device" in out
+
+
+def test_wrong_calls_are_one_line(capsys):
+    assert "command: trian; did you mean train" in failure(capsys, "trian")
+    assert "needs DATA, --out" in failure(capsys, "train")
+    assert "--epochs: three; give INT" in failure(capsys, "train", "x", "--out", "y", "--epochs", "three")
+    assert "--szie: no such option; did you mean --size" in failure(capsys, "train", "x", "--out", "y", "--szie", "3")
+    assert "--fit: foo; choose one of squash, crop, pad" in failure(capsys, "train", "x", "--out", "y", "--fit", "foo")
+    assert "--config" in failure(capsys, "train", "--config", "nowhere.json")
+
+
+def test_wrong_training_settings_are_refused_before_work(capsys, photos, tmp_path):
+    def refused(*options):
+        return failure(capsys, "train", photos, "--out", tmp_path / "run", *options)
+
+    assert "--epochs: 0; give a number from 1" in refused("--epochs", "0")
+    assert "not both" in refused("--epochs", "1", "--time-budget", "1m")
+    assert "--time-budget: soon; give a time such as 90s" in refused("--time-budget", "soon")
+    assert "model: resnet15; did you mean" in refused("--model", "resnet15")
+    assert "--val: holdout" in refused("--val", "holdout")
+    assert "--device: tpu" in refused("--device", "tpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_there_or_empty(capsys, tmp_path, photos):
+    assert "no such file or folder" in failure(capsys, "train", tmp_path / "none", "--out", tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    assert "empty" in failure(capsys, "train", tmp_path / "empty", "--out", tmp_path / "run")
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "train" / "species_9").mkdir()
+    assert "species_9" in failure(capsys, "train", tmp_path / "photos", "--out", tmp_path / "run")
+
+
+def test_a_run_that_exists_is_refused(capsys, photos, trained):
+    assert "holds a run already" in failure(capsys, "train", photos, "--out", trained)
+    assert "evaluate" not in failure(capsys, "evaluate", photos, photos)
+
+
+def test_evaluate_writes_its_results(capsys, photos, trained):
+    code, out, _ = run(capsys, "evaluate", trained, photos, "--json")
+    assert code == 0
+    result = json.loads(out)
+    written = json.loads((trained / "evaluation" / "val.json").read_text())
+    for name in ("accuracy", "ci95", "per_class", "confusion", "n", "loss", "skipped", "top5"):
+        assert written[name] == result[name]
+    assert sum(map(sum, result["confusion"])) == result["n"] == 4
+    lines = (trained / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "picture,predicted,probability,true,correct"
+    assert len(lines) == 5
+    assert sum(line.endswith(",1") for line in lines) == round(result["accuracy"] * 4)
+
+
+def test_best_weights_are_no_headline_on_val(capsys, photos, trained):
+    _, out, _ = run(capsys, "evaluate", trained, photos, "--weights", "best", "--json")
+    assert "quote the last weights" in json.loads(out)["notes"][0]
+
+
+def test_predict_on_a_folder_without_labels(capsys, photos, trained, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i, path in enumerate(sorted(photos.glob("val/*/*.png"))):
+        shutil.copy(path, flat / f"picture{i}.png")
+    (flat / "broken.jpg").write_bytes(b"no picture")
+    code, out, err = run(capsys, "predict", trained, flat, "--json", "--top", "2")
+    assert code == 0
+    result = json.loads(out)
+    assert len(result["pictures"]) == 4
+    assert result["skipped"] == 1
+    assert result["skipped_pictures"][0][0] == "broken.jpg"
+    assert all(len(row["predictions"]) == 2 for row in result["pictures"])
+    code, out, err = run(capsys, "predict", trained, flat)
+    assert out.splitlines()[0] == "picture,rank,class,probability"
+    assert "skipped broken.jpg" in err
+    target = tmp_path / "said.csv"
+    assert run(capsys, "predict", trained, flat, "--out", target)[0] == 0
+    assert target.read_text().splitlines()[0] == "picture,rank,class,probability"
+    assert "exists" in failure(capsys, "predict", trained, flat, "--out", target)
+    assert "needs MODEL" in failure(capsys, "predict")
+
+
+def test_explain_writes_overlays_and_raw_maps(capsys, photos, trained, tmp_path):
+    out = tmp_path / "maps"
+    pictures = sorted(photos.glob("val/*/*.png"))[:2]
+    options = ["--methods", "grad-cam,saliency", "--layers", "layer2,layer3", "--target", "top-2", "--out", out]
+    code, text, _ = run(capsys, "explain", trained, *pictures, *options, "--json")
+    assert code == 0
+    result = json.loads(text)
+    assert result["skipped"] == 0
+    assert all((out / name).is_file() for row in result["pictures"] for name in row["files"])
+    from PIL import Image
+
+    from clearwing import Explanation
+
+    stem = pictures[0].stem
+    e = Explanation.load(out / f"{stem}.grad-cam@layer2.safetensors")
+    assert e.maps.shape == (1, 2, 32, 32)
+    assert e.layer == "layer2"
+    with Image.open(out / f"{stem}.saliency.1.png") as image:
+        assert image.size == (56, 40)  # the picture's own size
+    assert "exists and is not empty" in failure(capsys, "explain", trained, pictures[0], "--out", out)
+
+
+def test_explain_names_what_is_near(capsys, photos, trained, tmp_path):
+    picture = next(photos.glob("val/*/*.png"))
+
+    def refused(*options):
+        return failure(capsys, "explain", trained, picture, "--out", tmp_path / "out", *options)
+
+    assert "gradcam; did you mean grad-cam" in refused("--methods", "gradcam")
+    assert "layr3; did you mean layer3" in refused("--layers", "layr3")
+    assert "species_7" in refused("--target", "species_7")
+    assert "nowhere" in failure(capsys, "explain", "nowhere", picture, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", ["default", "classic"])
+def test_segment_writes_masks_in_the_original_size_and_scores_them(capsys, photos, trained, tmp_path, recipe):
+    from PIL import Image
+
+    from clearwing import read_mask
+
+    out = tmp_path / "masks"
+    code, text, _ = run(capsys, "segment", trained, photos, "--recipe", recipe, "--out", out, "--json")
+    assert code == 0
+    result = json.loads(text)
+    written = json.loads((out / "segmentation.json").read_text())
+    for name in ("mean_iou", "ci95", "per_image", "threshold", "masks_used_for_calibration", "baselines", "skipped"):
+        assert written[name] == result[name]
+    assert not result["masks_used_for_calibration"]
+    assert set(result["threshold"]) >= {"how", "value"}
+    names = {"everything", "centre-gaussian", "centre-box-grabcut", "untrained-network"}
+    assert set(result["baselines"]) == names
+    masks = sorted(out.rglob("*.png"))
+    assert len(masks) == len(result["per_image"]) == 4
+    for path in masks:
+        with Image.open(path) as image:
+            assert image.size == (56, 40)
+            assert set(image.getdata() if not hasattr(image, "get_flattened_data") else image.get_flattened_data()) <= {
+                0,
+                255,
+            }
+    key = next(iter(result["per_image"]))
+    truth = read_mask(photos / "MASKS" / key.replace(".jpg", ".png"))
+    mask = read_mask(out / result["files"][key])
+    both, either = (truth & mask).sum(), (truth | mask).sum()
+    assert result["per_image"][key] == pytest.approx(float(both / either), abs=1e-6)
+
+
+def test_masks_that_do_not_fit_are_named_and_counted(capsys, photos, trained, tmp_path):
+    from PIL import Image
+
+    shutil.copytree(photos, tmp_path / "photos")
+    masks = sorted((tmp_path / "photos" / "MASKS").rglob("*.png"))
+    Image.new("L", (9, 9)).save(masks[0])
+    masks[1].unlink()
+    code, out, _ = run(capsys, "segment", trained, tmp_path / "photos", "--out", tmp_path / "out", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert result["scored"] == 2
+    reasons = [reason for _, reason in result["unscored"]]
+    assert any("mask of 9x9, picture of 40x56" in reason for reason in reasons)
+    assert any("no mask" in reason for reason in reasons)
+    (tmp_path / "nomasks").mkdir()
+    wrong = ["segment", trained, photos, "--masks", tmp_path / "nomasks", "--out", tmp_path / "other"]
+    assert "nomasks" in failure(capsys, *wrong)
+
+
+def test_segment_refuses_what_it_does_not_know(capsys, photos, trained, tmp_path):
+    def refused(*options):
+        return failure(capsys, "segment", trained, photos, "--out", tmp_path / "out", *options)
+
+    assert "otzu; did you mean otsu" in refused("--threshold", "otzu")
+    assert "--split: holdout" in refused("--split", "holdout")
+    assert "salience; did you mean saliency" in refused("--method", "salience")
+
+
+def test_an_unreadable_picture_among_many_is_counted(capsys, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    broken = next((tmp_path / "photos" / "train").rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:40])
+    options = ["--model", "resnet8", "--widths", "4", "4", "4", "--size", "16", "--epochs", "1"]
+    code, out, _ = run(capsys, "train", tmp_path / "photos", "--out", tmp_path / "run", *options, "--json")
+    assert code == 0
+    assert json.loads(out)["skipped"] == 1
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"]["skipped"][0][0].endswith(broken.name)
+
+
+def test_json_keeps_stdout_for_the_object_alone(capsys, photos, trained):
+    code, out, _ = run(capsys, "report", trained, photos, "--json")
+    assert code == 0
+    assert json.loads(out)["report"].endswith("report.html")
+    assert out.count("\n") == 1
