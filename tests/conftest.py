@@ -23,10 +23,10 @@ def reference_data() -> Path:
 
 @pytest.fixture(scope="session")
 def drawn():
-    """Twelve drawn pictures of three species: images uint8 (N, H, W, 3), labels (N,), masks (N, H, W)."""
+    """Eighteen drawn pictures of three species: images uint8 (N, H, W, 3), labels (N,), masks (N, H, W)."""
     from clearwing.data import synthetic
 
-    images, labels, masks = synthetic.draw_split("train", 40, seed=3, size=48)
+    images, labels, masks = synthetic.draw_split("train", 60, seed=3, size=48)
     kept = labels < 3
     return images[kept], labels[kept], masks[kept]
 
@@ -36,7 +36,7 @@ def photos(tmp_path_factory, drawn) -> Path:
     """A data set on disk: train/ and val/ with three class folders, and MASKS/val."""
     root = tmp_path_factory.mktemp("photos")
     for i, (image, label, mask) in enumerate(zip(*drawn, strict=True)):
-        split = "val" if i % 3 == 2 else "train"
+        split = "val" if i // 3 % 3 == 2 else "train"
         name = f"species_{label}"
         path = root / split / name / f"{i:03}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

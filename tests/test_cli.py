@@ -90,11 +90,11 @@ def test_evaluate_writes_its_results(capsys, photos, trained):
     written = json.loads((trained / "evaluation" / "val.json").read_text())
     for name in ("accuracy", "ci95", "per_class", "confusion", "n", "loss", "skipped", "top5"):
         assert written[name] == result[name]
-    assert sum(map(sum, result["confusion"])) == result["n"] == 4
+    assert sum(map(sum, result["confusion"])) == result["n"] == 6
     lines = (trained / "predictions.csv").read_text().splitlines()
     assert lines[0] == "picture,predicted,probability,true,correct"
-    assert len(lines) == 5
-    assert sum(line.endswith(",1") for line in lines) == round(result["accuracy"] * 4)
+    assert len(lines) == 7
+    assert sum(line.endswith(",1") for line in lines) == round(result["accuracy"] * 6)
 
 
 def test_best_weights_are_no_headline_on_val(capsys, photos, trained):
@@ -111,7 +111,7 @@ def test_predict_on_a_folder_without_labels(capsys, photos, trained, tmp_path):
     code, out, err = run(capsys, "predict", trained, flat, "--json", "--top", "2")
     assert code == 0
     result = json.loads(out)
-    assert len(result["pictures"]) == 4
+    assert len(result["pictures"]) == 6
     assert result["skipped"] == 1
     assert result["skipped_pictures"][0][0] == "broken.jpg"
     assert all(len(row["predictions"]) == 2 for row in result["pictures"])
@@ -177,7 +177,7 @@ def test_segment_writes_masks_in_the_original_size_and_scores_them(capsys, photo
     names = {"everything", "centre-gaussian", "centre-box-grabcut", "untrained-network"}
     assert set(result["baselines"]) == names
     masks = sorted(out.rglob("*.png"))
-    assert len(masks) == len(result["per_image"]) == 4
+    assert len(masks) == len(result["per_image"]) == 6
     for path in masks:
         with Image.open(path) as image:
             assert image.size == (56, 40)
@@ -202,7 +202,7 @@ def test_masks_that_do_not_fit_are_named_and_counted(capsys, photos, trained, tm
     code, out, _ = run(capsys, "segment", trained, tmp_path / "photos", "--out", tmp_path / "out", "--json")
     assert code == 0
     result = json.loads(out)
-    assert result["scored"] == 2
+    assert result["scored"] == 4
     reasons = [reason for _, reason in result["unscored"]]
     assert any("mask of 9x9, picture of 40x56" in reason for reason in reasons)
     assert any("no mask" in reason for reason in reasons)

@@ -35,7 +35,7 @@ def test_a_trained_run_loads(trained, photos):
     assert run.model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
     files = {"config.json", "classes.json", "model.safetensors", "best.safetensors", "metrics.jsonl", "state.pt"}
     assert files <= {path.name for path in trained.iterdir()}
-    assert not [path for path in trained.rglob("*.part")]
+    assert not list(trained.rglob("*.part"))
     kept = torch.load(trained / "state.pt", weights_only=True)
     assert kept["epoch"] == 2
 

@@ -62,7 +62,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one():
     whole = network()
     train(whole, 4)
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     kept = {}
@@ -71,11 +71,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one():
         kept.update(model=copy.deepcopy(part.state_dict()), opt=copy.deepcopy(opt.state_dict()))
         kept.update(state=FitState(state.epoch, state.step, list(state.rows)))
         if state.epoch == 2:
-            raise Killed
+            raise KilledError
 
     part = network()
     opt = optimizer(part, "sgd", 0.1)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(part, 4, opt=opt, save=save)
     again = network()
     again.load_state_dict(kept["model"])

@@ -1,5 +1,7 @@
 """Schedules end where they should, and plans keep to steps, to the clock, or to what an earlier run did."""
 
+from itertools import pairwise
+
 import pytest
 
 from clearwing.train.schedule import SCHEDULES, Budget, FirstEpoch, Replay, Steps, schedule
@@ -27,7 +29,7 @@ def test_schedules_stay_between_zero_and_the_peak(name):
 def test_annealed_schedules_end_at_zero_and_fall_after_the_warm_up(name):
     values = [schedule(name)(0.3 + 0.7 * i / 100) for i in range(101)]
     assert values[-1] == pytest.approx(0, abs=1e-9)
-    assert all(a >= b for a, b in zip(values, values[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(values))
 
 
 def test_step_schedule_divides_by_ten_at_a_half_and_three_quarters():
@@ -122,5 +124,5 @@ def test_replay_repeats_the_progress_of_a_budget():
     again = Replay(plan.state()["history"])
     assert again.total == steps
     assert [again.progress(i) for i in range(steps)] == plan.history
-    with pytest.raises(ClearwingError, match="plan.json"):
+    with pytest.raises(ClearwingError, match=r"plan\.json"):
         Replay([])

@@ -165,7 +165,7 @@ def baseline_maskers(
             torch.manual_seed(seed)
             untrained = run.build_model()
         untrained.load_state_dict({"mean": run.model.mean, "std": run.model.std}, strict=False)
-        untrained.to(device, memory_format=torch.channels_last)
+        untrained.to(device).to(memory_format=torch.channels_last)
         found["untrained-network"] = NetworkMasker(untrained, recipe, layers)
     return found
 

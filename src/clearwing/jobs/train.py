@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clearwing.config import TrainConfig, as_json, class_list, seconds, split_settings
+from clearwing.config import MODELS, TrainConfig, as_json, class_list, seconds, split_settings
 from clearwing.data.augment import Augment
 from clearwing.data.loader import Pictures, load_pictures, spread
 from clearwing.data.sources import Dataset, open_data
@@ -26,7 +26,7 @@ from clearwing.run import Run, read_json, write_json
 from clearwing.train.fit import FitState, Watcher, classification, fit, make_fabric
 from clearwing.train.optim import optimizer as make_optimizer
 from clearwing.train.schedule import Budget, FirstEpoch, Plan, Replay, Steps, schedule
-from clearwing.types import Batch, ClearwingError, atomic_path
+from clearwing.types import Batch, ClearwingError, atomic_path, near
 
 
 def train(config: TrainConfig, *, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
@@ -38,9 +38,9 @@ def train(config: TrainConfig, *, clock: Callable[[], float] = time.monotonic) -
     run = Run.load(config.out) if config.resume else None
     dataset = open_split_data(config)
     chosen = choose(config, dataset)
+    fabric = make_fabric(config.device, config.precision)
     run = run or Run.create(config.out, overwrite=config.overwrite)
     with Progress(config.json) as progress:
-        fabric = make_fabric(config.device, config.precision)
         pictures, watched = load_train_and_val(config, dataset, chosen, progress)
         torch.manual_seed(config.seed)
         model = make_model(config, dataset, chosen, pictures)
@@ -76,6 +76,8 @@ def check(config: TrainConfig) -> None:
     """Refuse what cannot be meant, before anything is read."""
     if config.epochs is not None and config.time_budget is not None:
         raise ClearwingError("--time-budget", config.time_budget, "give --epochs or --time-budget, not both")
+    if config.model not in MODELS:
+        raise ClearwingError("--model", config.model, near(config.model, MODELS))
     if config.resume and config.overwrite:
         raise ClearwingError("--resume", "with --overwrite", "give one of them")
     limits: dict[str, tuple[float, float]] = {
@@ -268,7 +270,7 @@ class _Session:
     ) -> None:
         self.config, self.chosen, self.run, self.pictures, self.watched = config, chosen, run, pictures, watched
         self.fabric, self.progress, self.began, self.clock = fabric, progress, began, clock
-        self.model = model.to(fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(fabric.device).to(memory_format=torch.channels_last)
         self.mean = tuple(self.model.mean.flatten().tolist())
         self.augment = augmentation(config, chosen, self.mean)
         self.optimizer = make_optimizer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -63,6 +64,8 @@ def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
     devices: Any = [int(index)] if index else 1
     if precision == "auto":
         precision = "bfloat16" if has_bfloat16(kind) else "float32"
+    # Fabric announces its precision on every start; the jobs say it once, in their own words.
+    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=accelerator,
         devices=devices,
