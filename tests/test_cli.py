@@ -211,6 +211,45 @@ def test_masks_that_do_not_fit_are_named_and_counted(capsys, photos, trained, tm
     assert "nomasks" in failure(capsys, *wrong)
 
 
+def test_evaluate_with_masks_segments_too(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    code, out, _ = run(capsys, "evaluate", copy, photos, "--masks", photos / "MASKS", "--json")
+    assert code == 0
+    assert json.loads(out)["n"] == 6
+    assert json.loads((copy / "segmentation" / "val" / "segmentation.json").read_text())["scored"] == 6
+
+
+def test_explain_on_networks_that_are_not_ours(capsys, photos, tmp_path):
+    factory = tmp_path / "mine.py"
+    factory.write_text(
+        "import torch, torch.nn.functional as F\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.one, self.two = torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Conv2d(8, 8, 3, 2, 1)\n"
+        "        self.fc = torch.nn.Linear(8, 4)\n"
+        "    def forward(self, x):\n"
+        "        x = F.relu(self.two(F.relu(self.one(x))))\n"
+        "        return self.fc(x.mean((2, 3)))\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return Net().eval()\n"
+    )
+    picture = next(photos.glob("val/*/*.png"))
+    methods = "saliency,grad-cam,layer-cam,guided-backprop,guided-grad-cam"
+    for model, size in ((f"{factory}:make", 32), ("torchvision:resnet18:random", 64)):
+        out = tmp_path / str(size)
+        options = ["--methods", methods, "--size", size, "--out", out, "--json"]
+        code, text, _ = run(capsys, "explain", model, picture, *options)
+        assert code == 0, text
+        assert len(json.loads(text)["methods"]) == 5
+    from clearwing import Explanation
+
+    plain = Explanation.load(next((tmp_path / "32").glob("*.saliency.safetensors")))
+    guided = Explanation.load(next((tmp_path / "32").glob("*.guided-backprop.safetensors")))
+    assert not plain.channels.allclose(guided.channels)  # functional ReLUs are guided, too
+
+
 def test_segment_refuses_what_it_does_not_know(capsys, photos, trained, tmp_path):
     def refused(*options):
         return failure(capsys, "segment", trained, photos, "--out", tmp_path / "out", *options)

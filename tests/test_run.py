@@ -108,6 +108,19 @@ def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path, monkeypatch):
     assert [row["epoch"] for row in Run.load(tmp_path / "part").metrics] == [1, 2, 3]
 
 
+def test_resume_takes_the_settings_of_the_run_and_refuses_others(photos, tmp_path, capsys):
+    from clearwing.cli import main, parse
+
+    train(settings(photos, tmp_path / "run", epochs=1))
+    _, config = parse(["train", "--out", str(tmp_path / "run"), "--resume"])
+    assert (config.model, config.size, config.epochs, config.data) == ("resnet8", 16, 1, str(photos))
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
+    assert [row["epoch"] for row in Run.load(tmp_path / "run").metrics] == [1, 2]
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--size", "24"]) == 2
+    assert "the run has another size" in capsys.readouterr().err
+    assert main(["train", str(photos), "--out", str(tmp_path / "none"), "--resume"]) == 2
+
+
 def test_a_run_under_a_time_budget_ends_in_time_and_replays_to_the_bit(photos, tmp_path):
     class Clock:
         """A second for every look at it."""
@@ -193,3 +206,16 @@ def test_folders_that_hold_something_are_refused(tmp_path):
 def test_json_has_no_nan():
     value = {"a": float("nan"), "b": (1, torch.tensor([2.0])), "c": float("inf")}
     assert plain(value) == {"a": None, "b": [1, [2.0]], "c": None}
+
+
+def test_a_time_budget_survives_a_kill(photos, tmp_path):
+    class Clock:
+        now = 0.0
+
+        def __call__(self):
+            self.now += 0.5
+            return self.now
+
+    first = train(settings(photos, tmp_path / "run", time_budget="40s"), clock=Clock())
+    again = train(settings(photos, tmp_path / "run", time_budget="40s", resume=True), clock=Clock())
+    assert again["json"]["steps"] == first["json"]["steps"]  # its time was used already

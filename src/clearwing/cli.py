@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from clearwing import config as configs
@@ -67,12 +68,7 @@ def parse(argv: list[str]) -> tuple[str, configs.Common]:
 def _parse_settings(name: str, kind: type[configs.Common], argv: list[str]) -> configs.Common:
     import tyro
 
-    defaults: dict[str, Any] = {}
-    given = next((i for i, word in enumerate(argv) if word.split("=")[0] == "--config"), None)
-    if given is not None and kind is configs.TrainConfig:
-        value = argv[given].partition("=")[2] or (argv[given + 1] if given + 1 < len(argv) else "")
-        defaults = configs.from_file(kind, value)
-        defaults = {key: item for key, item in defaults.items() if key not in ("resume", "overwrite", "json", "config")}
+    defaults = _stored_settings(kind, argv) if kind is configs.TrainConfig else {}
     written = io.StringIO()
     try:
         with contextlib.redirect_stderr(written):
@@ -86,6 +82,27 @@ def _parse_settings(name: str, kind: type[configs.Common], argv: list[str]) -> c
         if stop.code in (0, None):
             raise
         raise _one_line(written.getvalue(), name, kind) from None
+
+
+def _stored_settings(kind: type[configs.Common], argv: list[str]) -> dict[str, Any]:
+    """Settings from --config FILE, or with --resume from the run; not those that are about one call."""
+    path = _value_of("--config", argv)
+    out = _value_of("--out", argv)
+    if path is None and "--resume" in argv and out is not None and Path(out, "config.json").is_file():
+        path = str(Path(out, "config.json"))
+    if path is None:
+        return {}
+    settings = configs.from_file(kind, path)
+    return {key: item for key, item in settings.items() if key not in ("resume", "overwrite", "json", "config")}
+
+
+def _value_of(option: str, argv: list[str]) -> str | None:
+    """What is given for an option as `--option value` or `--option=value`, before the parser runs."""
+    for at, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == option:
+            return value if equals else (argv[at + 1] if at + 1 < len(argv) else "")
+    return None
 
 
 def _with_defaults(kind: type[configs.Common], defaults: dict[str, Any]) -> type[configs.Common]:

@@ -22,7 +22,7 @@ from clearwing.jobs.progress import Progress, TensorBoard, TrainingBar
 from clearwing.measure.accuracy import wilson_interval
 from clearwing.models.classifier import Classifier
 from clearwing.models.zoo import BLOCKS, build
-from clearwing.run import Run, read_json, write_json
+from clearwing.run import Run, plain, read_json, write_json
 from clearwing.train.fit import FitState, Watcher, classification, fit, make_fabric
 from clearwing.train.optim import optimizer as make_optimizer
 from clearwing.train.schedule import Budget, FirstEpoch, Plan, Replay, Steps, schedule
@@ -39,6 +39,8 @@ def train(config: TrainConfig, *, clock: Callable[[], float] = time.monotonic) -
     dataset = open_split_data(config)
     chosen = choose(config, dataset)
     fabric = make_fabric(config.device, config.precision)
+    if run is not None:
+        same_run(run, chosen, dataset)
     run = run or Run.create(config.out, overwrite=config.overwrite)
     with Progress(config.json) as progress:
         pictures, watched = load_train_and_val(config, dataset, chosen, progress)
@@ -104,6 +106,22 @@ def check(config: TrainConfig) -> None:
             raise ClearwingError(f"--{name.replace('_', '-')}", value, f"give a number from {low:g} to {high:g}")
     if config.time_budget is not None:
         seconds(config.time_budget)
+
+
+def same_run(run: Run, chosen: Chosen, dataset: Dataset) -> None:
+    """Refuse to go on with other classes, another network or another plan of steps than the run began with."""
+    if run.class_names != dataset.class_names:
+        raise ClearwingError("--resume", run.path, f"the run has the classes {', '.join(run.class_names[:10])}")
+    made = {key: value for key, value in run.config["model"].items() if key not in ("num_classes", "input_size")}
+    now = plain(chosen.model)
+    before, after = dict(run.config["resolved"]), plain(dataclasses.asdict(chosen))
+    for name in ("model", "epochs", "lr"):  # the network is compared below; a run may be made longer
+        before.pop(name, None), after.pop(name, None)
+    differs = [key for key in now if made.get(key) != now[key]] + [
+        key for key in after if before.get(key) != after[key]
+    ]
+    if differs:
+        raise ClearwingError("--resume", run.path, f"the run has another {differs[0]}; leave it out, or start afresh")
 
 
 def open_split_data(config: TrainConfig) -> Dataset:
