@@ -250,6 +250,10 @@ class SegmentConfig(Source):
     """Another threshold than the recipe's: percentile:80, otsu, mean, or auto."""
     refine: Literal["none", "maxpool", "grabcut"] | None = None
     """Another refinement than the recipe's."""
+    size: int | None = None
+    """Side of the network's input, where the model does not know it."""
+    fit: Fit | None = None
+    """How a picture meets the size. Default: as the model was trained, else squash."""
     baselines: bool = True
     """Score the baselines beside it: everything, a centre Gaussian, GrabCut without a network, an untrained network."""
     batch_size: int = 64

@@ -66,6 +66,7 @@ def test_without_refinement_the_threshold_alone_remains():
     images, truth = scene()
     maps = rough(truth)
     assert min(overlap(segment(maps, images, threshold="max:0.5", refine=None).bool(), truth)) > 0.6
+    assert torch.equal(segment(maps, images, refine=None), segment(maps, images, "otsu", refine="none"))
     raw = replace(RECIPES["default"], weights=(1.0,), blur=0, threshold=0.5, refine="none", keep=0, fill=False)
     assert torch.equal(segment_with(raw, maps, images).masks.bool(), maps > 0.5)
 
@@ -133,7 +134,7 @@ def test_a_failed_refinement_is_counted_and_the_threshold_stands_in():
     maps[0, 10:20, 10:20] = 1 + torch.rand(10, 10, generator=torch.Generator().manual_seed(0))
     result = segment_with(replace(RECIPES["default"], weights=(1.0,)), maps, images)
     assert result.fell_back.tolist() == [True]
-    assert torch.equal(result.masks, segment(maps, images, refine=None))
+    assert torch.equal(result.masks, segment(maps, images, RECIPES["default"].threshold, refine=None))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clearwing.attribution import cams, gradients
-from clearwing.attribution.trace import INPUT, Trace, find_layer, named_layers, pictures, ready, record
+from clearwing.attribution.trace import INPUT, Trace, check_classes, find_layer, named_layers, pictures, ready, record
 from clearwing.types import Batch, ClearwingError, Explanation, Status, near
 
 PRECISIONS = ("float32", "bfloat16")
@@ -91,7 +91,7 @@ def explain(
     seed: of methods that sample; none of these does yet.
     chunk: pictures at a time; None is all at once. The maps are the same.
     fuse: "max", "mean" or "product" joins the layers' maps of each method to one. Each rectified map is first divided
-        by its own maximum, for the layers' scales differ.
+        by its own maximum, for the layers' scales differ. "guided-grad-cam" takes the joined Grad-CAM.
     options: settings of a method's own.
 
     One forward pass serves all; one backward pass for each asked class all methods on the gradient, and one more for
@@ -168,6 +168,7 @@ class _Asked:
     against: Tensor | None = None  # (N, M)
     top: int = 0  # the so many largest logits
     score: Callable[[Tensor], Tensor] | None = None
+    argument: str = "target"  # to name in an error
 
 
 def _record(
@@ -276,7 +277,7 @@ def _asked(target: Target, labels: Any, class_names: tuple[str, ...], images: Te
         if target == "label":
             if labels is None:
                 raise ClearwingError("target", "label", "give labels=, or a Batch that has them")
-            return _Asked(_class_tensor("labels", torch.as_tensor(labels, device=device), n)[:, :1])
+            return _Asked(_class_tensor("labels", torch.as_tensor(labels, device=device), n, (1,)), argument="labels")
         if top := re.fullmatch(r"top-([1-9]\d*)", target):
             return _Asked(top=int(top[1]))
         return _Asked(same(target))
@@ -305,8 +306,9 @@ def _class_number(one: Any, class_names: tuple[str, ...]) -> int:
     raise ClearwingError("target", one, mend)
 
 
-def _class_tensor(argument: str, classes: Tensor, n: int) -> Tensor:
-    if classes.is_floating_point() or classes.dtype == torch.bool or classes.ndim not in (1, 2) or len(classes) != n:
+def _class_tensor(argument: str, classes: Tensor, n: int, dimensions: tuple[int, ...] = (1, 2)) -> Tensor:
+    inexact = classes.is_floating_point() or classes.dtype == torch.bool
+    if inexact or classes.ndim not in dimensions or len(classes) != n:
         mend = f"give class numbers, one for each picture: ({n},)"
         raise ClearwingError(argument, f"{classes.dtype} {tuple(classes.shape)}", mend)
     return classes.long().reshape(n, -1)
@@ -331,8 +333,14 @@ def _scores(trace: Trace, asked: _Asked, part: slice) -> tuple[Tensor, Tensor | 
         classes, against = order[:, : asked.top], None
     else:
         classes, against = asked.classes[part], None if asked.against is None else asked.against[part]
-    others = [None] * classes.shape[1] if against is None else against.unbind(1)
-    return classes, against, [trace.scores(c, a) for c, a in zip(classes.unbind(1), others, strict=True)]
+        for wanted in (classes, against):
+            if wanted is not None:
+                check_classes(asked.argument, wanted, k)
+    with torch.inference_mode(False), torch.enable_grad():
+        scores = trace.logits.gather(1, classes.clone())  # a clone: autograd does not save an inference tensor
+        if against is not None:
+            scores = scores - trace.logits.gather(1, against.clone())
+    return classes, against, list(scores.unbind(1))
 
 
 def _maps(

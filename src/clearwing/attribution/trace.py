@@ -101,7 +101,7 @@ class Trace:
             gradients[name] = gradient
         if left and left not in self.told:
             self.told.add(left)
-            warnings.warn(left, UserWarning, stacklevel=4)
+            warnings.warn(left, UserWarning, stacklevel=3)
         return gradients
 
     def _logits_of(self, argument: str, classes: Tensor | int) -> Tensor:
@@ -109,10 +109,15 @@ class Trace:
         index = torch.as_tensor(classes, device=self.logits.device).clone()  # an inference tensor cannot be saved
         if index.is_floating_point() or index.dtype == torch.bool or index.shape not in ((), (n,)):
             raise ClearwingError(argument, f"{index.dtype} {tuple(index.shape)}", f"give class numbers, ({n},)")
-        if bool(((index < 0) | (index >= k)).any()):
-            wrong = index[(index < 0) | (index >= k)].flatten()[0].item() if index.ndim else index.item()
-            raise ClearwingError(argument, wrong, f"the model has {k} classes, 0 to {k - 1}")
+        check_classes(argument, index, k)
         return self.logits.gather(1, index.long().expand(n)[:, None])[:, 0]
+
+
+def check_classes(argument: str, classes: Tensor, k: int) -> None:
+    """Raise ClearwingError for the first class that a model with k classes does not have."""
+    outside = classes[(classes < 0) | (classes >= k)]
+    if len(outside):
+        raise ClearwingError(argument, int(outside[0]), f"the model has {k} classes, 0 to {k - 1}")
 
 
 def record(
@@ -304,7 +309,9 @@ def named_layers(model: nn.Module, layers: str | nn.Module | Iterable[str | nn.M
             full = names.get(layer)
         else:
             full = next((name for name in (layer, f"backbone.{layer}") if name in modules), None)
-        if full is None or full == INPUT:
+        if full == INPUT:
+            raise ClearwingError("layer", INPUT, "the word stands for the pictures here; rename the module")
+        if full is None:
             known = [_shown(model, name) for name in modules]
             shown = layer if isinstance(layer, str) else type(layer).__name__
             raise ClearwingError("layer", shown, near(shown, known) if known else "the model has no layers")

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from random import Random
 from typing import Any
@@ -295,6 +296,7 @@ def _listed_files(files: Sequence[str | Path]) -> list[_Item]:
     return [_Item(p.relative_to(shared).as_posix(), given) for p, given in unique.items()]
 
 
+@lru_cache(maxsize=1)  # the commands of `clearwing demo` all open it, and drawing takes seconds
 def _open_demo(seed: int) -> _Listing:
     from clearwing.data import synthetic
 

@@ -27,7 +27,7 @@ Field = NDArray[Any]  # (H, W) float32
 
 CLASS_NAMES = tuple(species.name for species in SPECIES)
 SIZE = 128
-SPLITS = {"train": 1100, "val": 280, "test": 280}
+SPLITS = {"train": 1100, "val": 200, "test": 250}
 AREA = (0.07, 0.35)  # smallest and largest share of the frame that the wings are drawn for
 OVER = 2  # supersampling
 STEPS = 6  # points of a curve for each of its control points

@@ -11,7 +11,7 @@ from clearwing.jobs.report import report
 from clearwing.jobs.segment import segment
 from clearwing.jobs.train import train
 
-MODEL, SIZE, EPOCHS = "resnet14", 64, 10
+MODEL, SIZE, EPOCHS = "resnet8", 64, 16
 
 
 def demo(config: DemoConfig) -> dict[str, Any]:

@@ -34,7 +34,7 @@ Masker = Callable[[Batch, Batch], Tensor]
 def segment(config: SegmentConfig) -> dict[str, Any]:
     """Segment a split; returns what the command prints."""
     recipe = chosen_recipe(config)
-    loaded = inputs.open_model(config.run)
+    loaded = inputs.open_model(config.run, size=config.size, fit=config.fit)
     dataset = open_samples(config, loaded.run)
     samples = inputs.split_of(dataset, config.split)
     if config.masks is not None and not any(sample.mask is not None for sample in samples):
@@ -137,13 +137,14 @@ class NetworkMasker:
     fell_back: int = 0
     empty: int = 0
     how: dict[str, Any] = field(default_factory=dict)
+    logits: Tensor | None = None  # (N, K) of the last batch
 
     def __call__(self, batch: Batch, fine: Batch) -> Tensor:
         found = explain(self.model, batch, [self.recipe.method], layers=self.layers or None, target=self.recipe.target)
         made: Segmentation = segment_with(self.recipe, found, fine)
         self.fell_back += int(made.fell_back.sum())
         self.empty += int(made.empty.sum())
-        self.how = made.how
+        self.how, self.logits = made.how, next(iter(found.values())).logits
         return made.masks
 
 
