@@ -123,12 +123,12 @@ def test_resume_takes_the_settings_of_the_run_and_refuses_others(photos, tmp_pat
 
 def test_a_run_under_a_time_budget_ends_in_time_and_replays_to_the_bit(photos, tmp_path):
     class Clock:
-        """A second for every look at it."""
+        """Half a second for every look at it."""
 
         now = 0.0
 
         def __call__(self):
-            self.now += 1.0
+            self.now += 0.5
             return self.now
 
     result = train(settings(photos, tmp_path / "timed", time_budget="60s"), clock=Clock())

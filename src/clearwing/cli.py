@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in argv
     try:
         name, config = parse(argv)
-        result = _job(COMMANDS[name][1])(config)
+        # With --json stdout holds one object: what anything else prints (a model's own file, say) goes to stderr.
+        with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+            result = _job(COMMANDS[name][1])(config)
     except ClearwingError as error:
         return _failed(error, as_json)
     except KeyboardInterrupt:
@@ -42,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `head` does
         sys.stderr.close()
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        path = error.filename or argv[0]
+        return _failed(ClearwingError("file", path, error.strerror or str(error), exit_code=1), as_json)
     if result is None:
         return 0
     print(json.dumps(result["json"]) if as_json else result["text"])
@@ -93,6 +98,9 @@ def _stored_settings(kind: type[configs.Common], argv: list[str]) -> dict[str, A
     if path is None:
         return {}
     settings = configs.from_file(kind, path)
+    lengths = {"--epochs": "epochs", "--time-budget": "time_budget", "--replay": "replay"}
+    if any(_value_of(option, argv) is not None for option in lengths):  # what is given wins over its rivals, too
+        settings = {key: item for key, item in settings.items() if key not in lengths.values()}
     return {key: item for key, item in settings.items() if key not in ("resume", "overwrite", "json", "config")}
 
 

@@ -317,11 +317,24 @@ def from_file(kind: type[C], path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ClearwingError("--config", path, "give a JSON object of settings, as in RUN/config.json")
     values = values.get("train", values)
-    names = [field.name for field in dataclasses.fields(kind)]
-    for name in values:
-        if name not in names:
-            raise ClearwingError("--config", f"{path}: {name}", near(name, names))
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    for name, value in values.items():
+        if name not in types:
+            raise ClearwingError("--config", f"{path}: {name}", near(name, list(types)))
+        if not _is_a(value, types[name]):
+            raise ClearwingError("--config", f"{path}: {name} = {value!r}", f"give {types[name]}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    """Whether a JSON value fits the annotation of a setting."""
+    if value is None:
+        return "None" in kind
+    if isinstance(value, list):
+        return kind.startswith("tuple") and all(isinstance(item, int) for item in value)
+    known: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float)}
+    wanted = known.get(kind.removesuffix(" | None"), (str, int))
+    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
 
 
 def seconds(text: str, argument: str = "--time-budget") -> float:
@@ -345,13 +358,18 @@ def class_list(text: str | None) -> list[str] | None:
     if text is None:
         return None
     path = Path(text)
-    if path.suffix == ".json" and path.is_file():
-        names = json.loads(path.read_text(encoding="utf-8"))
-        names = [str(name) for name in (names.values() if isinstance(names, dict) else names)]
-    elif path.is_file():
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
+    # Many names in one list are too long for a file's name: asking the system whether it is one would fail.
+    content = path.read_text(encoding="utf-8") if len(text) < 255 and path.is_file() else None
+    if content is None:
         names = comma_list(text)
+    elif path.suffix == ".json":
+        try:
+            found = json.loads(content)
+        except ValueError as error:
+            raise ClearwingError("--classes", text, f"is no JSON ({error})") from error
+        names = [str(name) for name in (found.values() if isinstance(found, dict) else found)]
+    else:
+        names = [line.strip() for line in content.splitlines() if line.strip()]
     if len(set(names)) != len(names) or not names:
         raise ClearwingError("--classes", text, "give each class once: a,b,c or a text file with one name a line")
     return names

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +17,12 @@ from clearwing.models.zoo import build
 from clearwing.types import ClearwingError, atomic_path
 
 WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}
-_RESULTS = ("config.json", "classes.json", "metrics.jsonl", "state.pt", "plan.json", "report.html", *WEIGHTS.values())
-_FOLDERS = ("evaluation", "tensorboard", "pictures")
+_FILES = ("config.json", "classes.json", "metrics.jsonl", "state.pt", "plan.json", "predictions.csv", "report.html")
+_FOLDERS = {
+    "evaluation": ("*.json", "*.csv"),
+    "tensorboard": ("events.out.tfevents.*",),
+    "pictures": ("curves.png", "confusion.png", "per_class.png", "misclassified.png", "methods.png", "masks.png"),
+}
 
 
 class Run:
@@ -39,24 +42,37 @@ class Run:
         path = Path(path)
         if not (path / "config.json").is_file():
             raise ClearwingError("run", path, "give a folder that clearwing train wrote (with config.json in it)")
-        return Run(path, read_json(path / "config.json"))
+        config = read_json(path / "config.json")
+        parts = ("train", "model", "resolved", "data", "environment")
+        if not isinstance(config, dict) or any(not isinstance(config.get(part), dict) for part in parts):
+            raise ClearwingError("run", path, "its config.json is not one that clearwing train wrote")
+        return Run(path, config)
 
     @staticmethod
     def create(path: str | Path, *, overwrite: bool = False) -> Run:
-        """An empty run at `path`. One that is there is refused, or with `overwrite` what a run writes is deleted."""
+        """A run to be made at `path`; nothing is written or deleted yet (see `clear`).
+
+        A folder that holds anything is refused; with `overwrite` it must hold a run.
+        """
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ClearwingError("--out", path, "a file is in the way; give another name")
-        found = [name for name in (*_RESULTS, *_FOLDERS) if (path / name).exists()]
-        if found and not overwrite:
-            raise ClearwingError("--out", path, "holds a run already; use --resume, --overwrite or another --out")
-        for name in found:
-            if (path / name).is_dir():
-                shutil.rmtree(path / name)
-            else:
-                (path / name).unlink()
-        make_folder(path, "--out")
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / "config.json").is_file():
+                raise ClearwingError("--out", path, "holds other files than a run's; give another --out")
+            Run.load(path)  # raises where config.json is somebody else's
+            if not overwrite:
+                raise ClearwingError("--out", path, "holds a run already; use --resume, --overwrite or another --out")
         return Run(path, {})
+
+    def clear(self) -> None:
+        """Make the folder, and delete what an earlier run wrote there, by name; the user's own files stay."""
+        make_folder(self.path, "--out")
+        gone = [self.file(name) for name in (*_FILES, *WEIGHTS.values())]
+        for folder, patterns in _FOLDERS.items():
+            gone += [file for pattern in patterns for file in self.file(folder).glob(pattern)]
+        for file in gone:
+            file.unlink(missing_ok=True)
 
     def file(self, *names: str) -> Path:
         return self.path.joinpath(*names)
@@ -133,7 +149,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may be no text
 
 
 def read_json(path: Path) -> Any:

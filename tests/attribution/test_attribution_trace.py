@@ -354,6 +354,10 @@ def test_scores_are_checked() -> None:
     trace = record(small_net(), small_images())
     with pytest.raises(ClearwingError, match="scores: they have no graph"):
         trace.gradients(trace.logits[:, 0].detach())
+    with torch.no_grad():
+        loose = trace.logits.unbind(1)[0]  # says that it requires grad, and has no graph
+    with pytest.raises(ClearwingError, match="scores: they have no graph"):
+        trace.gradients(loose)
     with pytest.raises(ClearwingError, match=r"scores: \(3, 4\)"):
         trace.gradients(trace.logits)
     with pytest.raises(ClearwingError, match="classes: 4; the model has 4 classes, 0 to 3"):

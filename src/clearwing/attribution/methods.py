@@ -320,7 +320,7 @@ def _scores(trace: Trace, asked: _Asked, part: slice) -> tuple[Tensor, Tensor | 
     if asked.score is not None:
         with torch.inference_mode(False), torch.enable_grad():
             scores = asked.score(trace.logits)
-        if not isinstance(scores, Tensor) or scores.shape != (n,) or not scores.requires_grad:
+        if not isinstance(scores, Tensor) or scores.shape != (n,) or scores.grad_fn is None:
             what = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             mend = f"the function must give one differentiable score a picture, ({n},)"
             raise ClearwingError("target", what, mend)
@@ -340,7 +340,7 @@ def _scores(trace: Trace, asked: _Asked, part: slice) -> tuple[Tensor, Tensor | 
         scores = trace.logits.gather(1, classes.clone())  # a clone: autograd does not save an inference tensor
         if against is not None:
             scores = scores - trace.logits.gather(1, against.clone())
-    return classes, against, list(scores.unbind(1))
+        return classes, against, list(scores.unbind(1))
 
 
 def _maps(

@@ -79,7 +79,7 @@ class Trace:
         sources = _ByLayer(self.features)
         if self.inputs:
             sources = _ByLayer({INPUT: self.images, **sources})
-        if not isinstance(scores, Tensor) or not scores.requires_grad:
+        if not isinstance(scores, Tensor) or scores.grad_fn is None:
             mend = "make them of trace.logits, where gradients are enabled; trace.scores(classes) does"
             raise ClearwingError("scores", "they have no graph", mend)
         if scores.shape not in ((), (len(self.images),)):

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from clearwing.config import MODELS, TrainConfig, as_json, class_list, seconds, split_settings
 from clearwing.data.augment import Augment
 from clearwing.data.loader import Pictures, load_pictures, spread
-from clearwing.data.sources import Dataset, open_data
+from clearwing.data.sources import BUILT_IN, Dataset, open_data
 from clearwing.jobs.progress import Progress, TensorBoard, TrainingBar
 from clearwing.measure.accuracy import wilson_interval
-from clearwing.models.classifier import Classifier
+from clearwing.models.classifier import Classifier, wrap
 from clearwing.models.zoo import BLOCKS, build
 from clearwing.run import Run, plain, read_json, write_json
 from clearwing.train.fit import FitState, Watcher, classification, fit, make_fabric
@@ -40,21 +40,23 @@ def train(config: TrainConfig, *, clock: Callable[[], float] = time.monotonic) -
     chosen = choose(config, dataset)
     fabric = make_fabric(config.device, config.precision)
     if run is not None:
-        same_run(run, chosen, dataset)
+        same_run(run, config, dataset)
     run = run or Run.create(config.out, overwrite=config.overwrite)
     with Progress(config.json) as progress:
         pictures, watched = load_train_and_val(config, dataset, chosen, progress)
         torch.manual_seed(config.seed)
         model = make_model(config, dataset, chosen, pictures)
+        session = _Session(config, chosen, run, model, pictures, watched, fabric, progress, began, clock)
+        if not config.resume:
+            run.clear()  # an earlier run goes only now, when this one is known to begin
         run.write_config(
-            train=as_json(config) | {"resume": False, "overwrite": False},
+            train=as_json(config) | {"resume": False, "overwrite": False, "config": None},
             model=chosen.model | {"num_classes": len(dataset.class_names), "input_size": chosen.size},
             resolved=dataclasses.asdict(chosen),
             data=describe(dataset, pictures, watched, config),
             environment=environment(fabric),
         )
         write_json(run.file("classes.json"), list(dataset.class_names))
-        session = _Session(config, chosen, run, model, pictures, watched, fabric, progress, began, clock)
         state = session.train()
     return summarise(run, session, state, clock() - began)
 
@@ -80,12 +82,14 @@ def check(config: TrainConfig) -> None:
         raise ClearwingError("--time-budget", config.time_budget, "give --epochs or --time-budget, not both")
     if config.model not in MODELS:
         raise ClearwingError("--model", config.model, near(config.model, MODELS))
+    if config.val == "train":
+        raise ClearwingError("--val", "train", "watch another split than the one that is learned")
     if config.resume and config.overwrite:
         raise ClearwingError("--resume", "with --overwrite", "give one of them")
     limits: dict[str, tuple[float, float]] = {
         "epochs": (1, 1e6),
         "size": (8, 4096),
-        "batch_size": (1, 65536),
+        "batch_size": (2, 65536),  # batch norm has nothing to measure in one picture
         "lr": (1e-12, 1e3),
         "label_smoothing": (0, 0.99),
         "crop_scale": (0.01, 1),
@@ -108,20 +112,17 @@ def check(config: TrainConfig) -> None:
         seconds(config.time_budget)
 
 
-def same_run(run: Run, chosen: Chosen, dataset: Dataset) -> None:
-    """Refuse to go on with other classes, another network or another plan of steps than the run began with."""
+def same_run(run: Run, config: TrainConfig, dataset: Dataset) -> None:
+    """Refuse to go on with other classes or other settings than the run began with; it may be made longer."""
     if run.class_names != dataset.class_names:
         raise ClearwingError("--resume", run.path, f"the run has the classes {', '.join(run.class_names[:10])}")
-    made = {key: value for key, value in run.config["model"].items() if key not in ("num_classes", "input_size")}
-    now = plain(chosen.model)
-    before, after = dict(run.config["resolved"]), plain(dataclasses.asdict(chosen))
-    for name in ("model", "epochs", "lr"):  # the network is compared below; a run may be made longer
-        before.pop(name, None), after.pop(name, None)
-    differs = [key for key in now if made.get(key) != now[key]] + [
-        key for key in after if before.get(key) != after[key]
-    ]
-    if differs:
-        raise ClearwingError("--resume", run.path, f"the run has another {differs[0]}; leave it out, or start afresh")
+    free = {"epochs", "time_budget", "device", "threads", "json", "tensorboard", "data", "out"}
+    free |= {"resume", "overwrite", "config"}
+    before = run.config["train"]
+    for name, value in plain(as_json(config)).items():
+        if name not in free and before.get(name, value) != value:
+            mend = f"the run has another {name}, {before[name]}; leave it out, or start afresh"
+            raise ClearwingError("--resume", run.path, mend)
 
 
 def open_split_data(config: TrainConfig) -> Dataset:
@@ -214,14 +215,12 @@ def make_model(config: TrainConfig, dataset: Dataset, chosen: Chosen, pictures: 
     if config.weights is None:
         mean, std = pictures.mean_std()
         return build(name, len(names), class_names=names, mean=mean, std=std, input_size=chosen.size, **made)
-    return build(
-        name,
-        len(names),
-        class_names=names,
-        weights=config.weights,
-        new_head=True,
-        **(made | {"input_size": chosen.size}),
-    )
+    made |= {"class_names": names, "weights": config.weights, "new_head": True, "input_size": chosen.size}
+    model = build(name, len(names), **made)
+    if bool((model.mean == 0).all() and (model.std == 1).all()):  # the weights came without their own
+        mean, std = pictures.mean_std()
+        model = wrap(model, mean=mean, std=std)
+    return model
 
 
 def describe(dataset: Dataset, pictures: Pictures, watched: Pictures | None, config: TrainConfig) -> dict[str, Any]:
@@ -229,7 +228,7 @@ def describe(dataset: Dataset, pictures: Pictures, watched: Pictures | None, con
     counts = {split: len(samples) for split, samples in dataset.splits.items()}
     used = {"train": len(pictures.keys)} | ({} if watched is None else {"watched": len(watched.keys)})
     skipped = [list(item) for part in (pictures, watched) if part is not None for item in part.skipped]
-    root = str(Path(config.data).resolve()) if Path(config.data).exists() else config.data
+    root = config.data if config.data in BUILT_IN else str(Path(config.data).resolve())
     return {
         "name": dataset.name,
         "where": root,
@@ -294,11 +293,14 @@ class _Session:
         self.optimizer = make_optimizer(
             model, config.optimizer, chosen.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
+        # A last batch of one picture would teach batch norm nothing but noise.
+        self.drops_remainder = len(pictures) % chosen.batch_size == 1 and len(pictures) > 1
         self.plan = self.make_plan()
         self.best: tuple[float, float] | None = None  # (accuracy, -loss) of the best epoch
 
     def make_plan(self) -> Plan:
-        steps = -(-len(self.pictures.keys) // self.chosen.batch_size)
+        n, batch = len(self.pictures), self.chosen.batch_size
+        steps = max(n // batch, 1) if self.drops_remainder else -(-n // batch)
         if self.config.replay is not None:
             return Replay(read_json(Path(self.config.replay)).get("progress", []))
         if self.config.time_budget is None:
@@ -317,6 +319,8 @@ class _Session:
             f"{n:,} pictures of {len(self.run.class_names)} classes at {self.chosen.size} px, "
             f"batch {self.chosen.batch_size}, {self.fabric.device}, {self.fabric._precision.precision}"
         )
+        if self.watched is not None and isinstance(self.plan, Budget):
+            self.reserve_validation(self.plan, self.watched)
         watchers: list[Watcher] = [TrainingBar(self.progress, n)]
         board = TensorBoard(self.run.file("tensorboard")) if self.config.tensorboard else None
         if board is not None:
@@ -351,8 +355,21 @@ class _Session:
         order = torch.Generator().manual_seed(seed)
         drawn = torch.Generator(self.fabric.device).manual_seed(seed + 1)
         return self.pictures.batches(
-            self.chosen.batch_size, device=self.fabric.device, shuffle=order, augment=self.augment, generator=drawn
+            self.chosen.batch_size,
+            device=self.fabric.device,
+            shuffle=order,
+            augment=self.augment,
+            generator=drawn,
+            drop_last=self.drops_remainder,
         )
+
+    def reserve_validation(self, plan: Budget, watched: Pictures) -> None:
+        """Hold back the time of a validation, estimated from one batch, for a run that ends in its first epoch."""
+        some = watched.subset(min(len(watched), 32))
+        predict_logits(self.model, some, self.fabric)  # the first call is slower
+        began = self.clock()
+        predict_logits(self.model, some, self.fabric)
+        plan.hold_back(1.5 * (self.clock() - began) * len(watched) / len(some) + 0.5)
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         if self.watched is None:
@@ -369,10 +386,11 @@ class _Session:
     def save(self, state: FitState) -> None:
         self.run.save_weights(self.model)
         row = state.rows[-1]
-        score = (row.get("val_accuracy", 0.0), -row.get("val_loss", 0.0))
-        if self.best is None or score > self.best:
-            self.best = score
-            self.run.save_weights(self.model, "best")
+        if "val_accuracy" in row:
+            score = (row["val_accuracy"], -row["val_loss"])
+            if self.best is None or score > self.best:
+                self.best = score
+                self.run.save_weights(self.model, "best")
         self.run.write_metrics(state.rows)
         plan = self.plan.state()
         if "history" in plan:
@@ -386,7 +404,7 @@ class _Session:
                     "step": state.step,
                     "rows": state.rows,
                     "plan": plan,
-                    "best": list(self.best),
+                    "best": None if self.best is None else list(self.best),
                 },
                 temporary,
             )
@@ -400,7 +418,7 @@ class _Session:
         self.model.load_state_dict(kept["model"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.plan.restore(kept["plan"])
-        self.best = (kept["best"][0], kept["best"][1])
+        self.best = None if kept["best"] is None else (kept["best"][0], kept["best"][1])
         return FitState(epoch=kept["epoch"], step=kept["step"], rows=kept["rows"])
 
 
@@ -438,13 +456,15 @@ def summarise(run: Run, session: _Session, state: FitState, elapsed: float) -> d
         low, high = wilson_interval(round(last["val_accuracy"] * n), n)
         best = max(row["val_accuracy"] for row in rows if "val_accuracy" in row)
         result |= {"val_accuracy": last["val_accuracy"], "ci95": [low, high], "best_val_accuracy": best}
+        whose = f"after epoch {state.epoch}" if state.interrupted else "of the last weights"
         lines.append(
-            f"accuracy on {session.chosen.watch} of the last weights: {last['val_accuracy']:.1%} "
+            f"accuracy on {session.chosen.watch} {whose}: {last['val_accuracy']:.1%} "
             f"(95 % interval {low:.1%} to {high:.1%}, n = {n})"
         )
     if skipped:
         lines.append(f"skipped {len(skipped)} pictures that cannot be read (named in {run.file('config.json')})")
     if state.interrupted:
+        result["error"] = {"argument": "train", "value": "stopped by Ctrl-C", "mend": "go on with --resume"}
         lines.insert(0, "stopped by Ctrl-C; the weights are saved, go on with --resume")
     lines.append(f"run: {run.path}")
     return {"json": result, "text": "\n".join(lines), "exit_code": 1 if state.interrupted else 0}

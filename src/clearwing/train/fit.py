@@ -198,6 +198,7 @@ class _Running:
             self.step(batch, sums)
         if not sums.pictures:
             raise ClearwingError("batches", "none in this epoch", "give at least one picture to train on")
+        self.check(sums.means()["train_loss"])  # before the weights of this epoch are saved
         speed = sums.pictures / max(time.monotonic() - self.began, 1e-9)
         return {"epoch": self.state.epoch + 1, "step": self.state.step, **sums.means(), "images_per_s": speed}
 
@@ -216,11 +217,14 @@ class _Running:
         if self.fabric.device.type == "cpu" or self.state.step % 50 == 0:
             self.tell(sums, progress)
 
+    def check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            mend = f"not finite at step {self.state.step}; try a smaller --lr or --precision float32"
+            raise ClearwingError("loss", loss, mend, exit_code=1)
+
     def tell(self, sums: _Sums, progress: float) -> None:
         means = sums.means()
-        if not math.isfinite(means["train_loss"]):
-            mend = f"not finite at step {self.state.step}; try a smaller --lr or --precision float32"
-            raise ClearwingError("loss", means["train_loss"], mend, exit_code=1)
+        self.check(means["train_loss"])
         row = {
             "loss": means["train_loss"],
             "accuracy": means["train_accuracy"],
