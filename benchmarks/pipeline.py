@@ -57,7 +57,7 @@ def loading(folder: Path, rounds: int) -> dict[str, float]:
     peer = torch.utils.data.DataLoader(
         datasets.ImageFolder(str(folder), transforms.Compose(crops)), BATCH, shuffle=True, num_workers=2
     )
-    samples = cw.open_data(folder, val_fraction=0).splits["all"]
+    samples = cw.open_data(folder, val_fraction=0).split("train")
     pictures = cw.load_pictures(samples, 160, fit="squash")
     augment, generator = cw.Augment(resized_crop=(0.35, 1.0), size=SIZE, flip=0.5), torch.Generator().manual_seed(0)
     return alternate(

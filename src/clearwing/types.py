@@ -188,12 +188,14 @@ class Explanation:
             raise ClearwingError("path", path, f"not a safetensors file ({error})") from error
         if about.get("format") != "clearwing.Explanation/1":
             raise ClearwingError("path", path, "give a file that Explanation.save wrote")
-        geometry = tuple(Geometry(*row[:6], (row[6], row[7]), bool(row[8])) for row in about["geometry"])
+        geometry = []
+        for height, width, top, left, box_height, box_width, h, w, flip in about["geometry"]:
+            geometry.append(Geometry(height, width, top, left, box_height, box_width, (h, w), bool(flip)))
         return Explanation(
             **tensors,
             method=about["method"],
             layer=about["layer"],
-            geometry=geometry,
+            geometry=tuple(geometry),
             keys=tuple(about["keys"]),
             class_names=tuple(about["class_names"]),
         )
