@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -216,7 +217,14 @@ def test_evaluate_with_masks_segments_too(capsys, photos, trained, tmp_path):
     code, out, _ = run(capsys, "evaluate", copy, photos, "--masks", photos / "MASKS", "--json")
     assert code == 0
     assert json.loads(out)["n"] == 6
-    assert json.loads((copy / "segmentation" / "val" / "segmentation.json").read_text())["scored"] == 6
+    masks = json.loads((copy / "segmentation" / "val" / "segmentation.json").read_text())
+    assert masks["scored"] == 6
+    assert json.loads(out)["mean_iou"] == masks["mean_iou"]
+    text = run(capsys, "evaluate", copy, photos, "--masks", photos / "MASKS")[1]
+    assert f"mean IoU {masks['mean_iou']:.3f} (95 % interval" in text
+    assert "top-5" not in text  # of three classes
+    best = ["evaluate", copy, photos, "--masks", photos / "MASKS", "--weights", "best"]
+    assert "--masks: with --weights best; segment uses the last weights" in failure(capsys, *best)
 
 
 def test_explain_on_networks_that_are_not_ours(capsys, photos, tmp_path):
@@ -276,3 +284,185 @@ def test_json_keeps_stdout_for_the_object_alone(capsys, photos, trained):
     assert code == 0
     assert json.loads(out)["report"].endswith("report.html")
     assert out.count("\n") == 1
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_pictures_and_true_masks_are_never_replaced(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    before = contents(copy)
+    segmented = ["segment", trained, copy, "--overwrite", "--out"]
+    assert "--out" in failure(capsys, *segmented, copy)
+    assert "would replace" in failure(capsys, *segmented, copy / "MASKS")
+    folder = next(copy.glob("val/*"))
+    explained = ["explain", trained, folder, "--overwrite", "--out"]
+    assert "would replace" in failure(capsys, *explained, folder)
+    shutil.copy(next(folder.glob("*.png")), tmp_path / "a.grad-cam.png")
+    shutil.copy(next(folder.glob("*.png")), tmp_path / "a.jpg")
+    pictures = [tmp_path / "a.jpg", tmp_path / "a.grad-cam.png"]
+    assert "would replace" in failure(capsys, "explain", trained, *pictures, "--overwrite", "--out", tmp_path)
+    assert contents(copy) == before
+    assert run(capsys, *segmented, tmp_path / "masks")[0] == 0
+    assert run(capsys, *segmented, tmp_path / "masks")[0] == 0  # its own earlier masks may go
+
+
+@pytest.fixture(scope="module")
+def flat_run(tmp_path_factory, photos):
+    """A run on a flat folder whose files are called by an unusual pattern; the folder and the run."""
+    folder = tmp_path_factory.mktemp("flat") / "pictures"
+    folder.mkdir()
+    for path in sorted(photos.glob("*/species_*/*.png")):
+        shutil.copy(path, folder / f"{path.stem}-{path.parent.name}.png")
+    options = ["--pattern", "{id}-{class}.png", "--classes", "species_2,species_0,species_1", "--epochs", "1"]
+    small = ["--model", "resnet8", "--widths", "4", "8", "8", "--size", "32", "--val-fraction", "0.4", "--seed", "3"]
+    out = folder.parent / "run"
+    assert main(["train", str(folder), "--out", str(out), *options, *small, "--json"]) == 0
+    return folder, out
+
+
+def test_segment_takes_the_val_slice_of_the_run(capsys, flat_run, tmp_path):
+    folder, trained = flat_run
+    _, out, _ = run(capsys, "evaluate", trained, folder, "--json")
+    scored = json.loads(out)
+    keys = {line.split(",")[0] for line in (trained / "predictions.csv").read_text().splitlines()[1:]}
+    code, out, _ = run(capsys, "segment", trained, folder, "--out", tmp_path / "own", "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert set(made["files"]) == keys
+    assert made["split"] == scored["split"] == "val"
+    foreign = tmp_path / "foreign"  # names that the run's pattern and classes do not fit
+    foreign.mkdir()
+    for name in ("one.png", "two.png"):
+        shutil.copy(next(folder.glob("*.png")), foreign / name)
+    code, out, _ = run(capsys, "segment", trained, foreign, "--out", tmp_path / "other", "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert made["split"] == "all"
+    assert made["data"] == str(foreign.resolve())
+    assert made["notes"] == []
+    assert "has no labels" in failure(capsys, "evaluate", trained, foreign)
+
+
+def test_all_of_the_runs_own_data_is_noted(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    note = "all holds pictures that the network was trained on"
+    assert note in json.loads(run(capsys, "evaluate", copy, photos, "--split", "all", "--json")[1])["notes"]
+    assert note not in json.loads(run(capsys, "evaluate", copy, photos, "--json")[1])["notes"]
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    assert note not in json.loads(run(capsys, "evaluate", copy, moved, "--split", "all", "--json")[1])["notes"]
+
+
+def test_report_leaves_out_results_of_other_weights(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    assert run(capsys, "evaluate", copy, photos, "--masks", photos / "MASKS")[0] == 0
+    written = json.loads((copy / "evaluation" / "val.json").read_text())
+    assert len(written["weights_sha256"]) == 16
+    assert written["data"] == str(photos.resolve())
+    code, _, err = run(capsys, "report", copy, photos)
+    assert (code, "other weights" in err) == (0, False)
+    assert "Mean IoU" in (copy / "report.html").read_text()
+    shutil.copy(copy / "model.safetensors", copy / "kept")
+    shutil.copy(copy / "best.safetensors", copy / "model.safetensors")
+    if (copy / "kept").read_bytes() == (copy / "model.safetensors").read_bytes():
+        from clearwing import Run
+
+        changed = Run.load(copy)
+        changed.model.mean.add_(0.01)
+        changed.save_weights(changed.model)
+    code, _, err = run(capsys, "report", copy, photos)
+    assert code == 0
+    assert "evaluation/val.json are of other weights" in err
+    assert "segmentation/val are of other weights" in err
+    assert "Mean IoU" not in (copy / "report.html").read_text()
+
+
+def test_report_of_moved_data_shows_the_masks(capsys, photos, trained, tmp_path):
+    copy, moved = shutil.copytree(trained, tmp_path / "copy"), shutil.copytree(photos, tmp_path / "moved")
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["where"] = str(tmp_path / "gone")
+    (copy / "config.json").write_text(json.dumps(config))
+    assert run(capsys, "segment", copy, moved, "--out", copy / "masks", "--threshold", "mean")[0] == 0
+    moved = moved.rename(tmp_path / "again")
+    code, _, _ = run(capsys, "report", copy, moved)
+    assert code == 0
+    assert (copy / "pictures" / "masks.png").is_file()
+    assert "--threshold mean --out" in (copy / "report.html").read_text()
+
+
+def test_a_changed_recipe_is_called_so(capsys, photos, trained, tmp_path):
+    def recipe(*options):
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        code, text, _ = run(capsys, "segment", trained, photos, "--limit", "1", "--out", out, *options, "--json")
+        assert code == 0
+        return json.loads(text)["recipe"]
+
+    assert recipe("--threshold", "auto") == "default"
+    assert recipe("--threshold", "mean") == "default (changed)"
+    assert recipe("--layers", "layer2,layer3") == "default (changed)"
+    assert recipe("--recipe", "classic", "--refine", "grabcut") == "classic (changed)"
+
+
+def test_one_scored_picture_has_no_interval(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    code, text, _ = run(capsys, "segment", copy, photos, "--limit", "1", "--out", copy / "masks")
+    assert code == 0
+    written = json.loads((copy / "masks" / "segmentation.json").read_text())
+    assert written["ci95"] is None
+    assert all(row["ci95"] is None for row in written["differences"].values())
+    assert f"mean IoU {written['mean_iou']:.3f} (n = 1)" in text
+    assert run(capsys, "report", copy, photos)[0] == 0
+
+
+def test_predict_takes_every_picture_below_a_folder(capsys, photos, trained, tmp_path):
+    source = next(photos.glob("val/*/*.png"))
+    for name in ("top.png", "sub/one.png", "sub/deep/two.PNG", ".hidden/no.png"):
+        path = tmp_path / "mixed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, path)
+    code, out, _ = run(capsys, "predict", trained, tmp_path / "mixed", source, "--json")
+    assert code == 0
+    keys = [row["picture"] for row in json.loads(out)["pictures"]]
+    assert keys == ["sub/deep/two.PNG", "sub/one.png", "top.png", source.name]
+    assert "the run knows its classes" in failure(capsys, "predict", trained, source, "--classes", "a,b,c")
+
+
+def test_keys_and_result_names_are_unique():
+    from clearwing.data.sources import Sample
+    from clearwing.jobs.inputs import result_paths, unique_keys
+
+    names = ["x.jpg", "x.jpg", "2/x.jpg", "x.jpg"]
+    assert [s.key for s in unique_keys([Sample(name, b"") for name in names])] == [
+        "x.jpg",
+        "3/x.jpg",
+        "2/x.jpg",
+        "4/x.jpg",
+    ]
+    for keys in (["a.jpg", "a.png", "a.jpg.png"], ["a.jpg.png", "a.png", "a.jpg"], ["b/a.jpg", "a.jpg", "../a.jpg"]):
+        assert len(set(result_paths(keys, ".png").values())) == 3
+    assert result_paths(["b/a.jpg"], ".png") == {"b/a.jpg": Path("b/a.png")}
+
+
+def test_a_class_name_wins_over_a_number():
+    from clearwing.jobs.explain import read_target
+
+    assert read_target("3", ("7", "3")) == "3"
+    assert read_target("3,0", ("7", "3")) == ("3", 0)
+    assert read_target("1,0", ("a", "b")) == (1, 0)
+
+
+def test_a_network_that_is_not_finite_gives_json(capsys, photos, tmp_path):
+    factory = tmp_path / "broken.py"
+    factory.write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x.mean((2, 3)) * float('nan')\n"
+        "def make():\n"
+        "    return Net().eval()\n"
+    )
+    picture = next(photos.glob("val/*/*.png"))
+    code, out, _ = run(capsys, "predict", f"{factory}:make", picture, "--size", "16", "--json")
+    assert code == 0
+    assert json.loads(out, parse_constant=pytest.fail)["pictures"][0]["predictions"][0]["probability"] is None

@@ -173,6 +173,21 @@ def test_masks_are_cut_at_127_and_codes_are_kept():
         read_mask(np.zeros((2, 2, 3), np.uint8))
 
 
+def test_what_is_transparent_in_a_mask_is_background():
+    array = np.zeros((1, 3, 4), np.uint8)
+    array[0, 1], array[0, 2, :3] = 255, 255  # a white object, and white that cannot be seen
+    assert read_mask(encoded(Image.fromarray(array))).tolist() == [[0, 1, 0]]
+    assert read_picture(encoded(Image.fromarray(array)), channels=1).tolist() == [[[255, 255, 255]]]
+
+
+def test_a_palette_mask_is_foreground_where_its_index_is_not_zero():
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # black, dark red, dark green, as in PASCAL VOC
+    assert read_mask(encoded(image)).tolist() == [[0, 1, 1]]
+    image.putpalette([255, 255, 255, 0, 0, 0, 9, 9, 9])  # white stands first: no class numbers
+    assert read_mask(encoded(image)).tolist() == [[1, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("fit", "size", "box"),
     [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +70,17 @@ def read_picture(source: Source, channels: int = 3) -> Tensor:
     """
     if channels not in (1, 3):
         raise ClearwingError("channels", channels, "choose 1 (grey) or 3 (RGB)")
+    return _to_channels(_read(source, _from_pillow), channels)
+
+
+def _read(source: Source, convert: Callable[[Image.Image], Tensor]) -> Tensor:  # uint8 (1 or 3, H, W)
     if isinstance(source, np.ndarray):
-        return _to_channels(_from_array(source), channels)
+        return _from_array(source)
     name = "<bytes>" if isinstance(source, bytes) else str(source)
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
         with QuietPillow():
-            return _to_channels(_decode(data), channels)
+            return _decode(data, convert)
     except (OSError, ValueError, SyntaxError, EOFError, OverflowError, Image.DecompressionBombError) as error:
         # what Pillow's decoders raise on broken files; SyntaxError is its word for a broken PNG
         reason = (str(error).splitlines() or ["it is broken"])[0]
@@ -87,6 +91,9 @@ def read_mask(source: Source) -> Tensor:
     """One mask as uint8 (H, W), 0 background and 1 foreground.
 
     In a file, values above 127 (after grey conversion) are foreground; a file of 0 and 1 alone is taken as it is.
+    Transparency is laid over black, so that what is transparent is background. A palette file holds class numbers, as
+    in PASCAL VOC: foreground is every index but 0, whatever its colour. (Where the colour of index 0 is bright, above
+    127, the palette holds the mask's own black and white, and the colours are read as in other files.)
     An array with a 1 (or True) in it holds the codes 0, 1, 255 of `clearwing.types` and keeps them; other arrays are
     read like a file.
 
@@ -99,7 +106,7 @@ def read_mask(source: Source) -> Tensor:
         if bool((grey == FOREGROUND).any()):
             return grey
     else:
-        grey = read_picture(source, channels=1)[0]
+        grey = _to_channels(_read(source, _mask_from_pillow), 1)[0]
     top = 0 if int(grey.max()) <= 1 else 127
     return (grey > top).to(torch.uint8)
 
@@ -115,20 +122,26 @@ def _from_array(array: np.ndarray) -> Tensor:  # (H, W[, C]) uint8 -> (C, H, W) 
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)
 
 
-def _decode(data: bytes) -> Tensor:  # (1 or 3, H, W)
+def _decode(data: bytes, convert: Callable[[Image.Image], Tensor]) -> Tensor:  # (1 or 3, H, W)
     with Image.open(io.BytesIO(data)) as image:
         if 0 in image.size:
             raise ValueError("it has no pixels")
         image.load()  # first, because Pillow turns TIFF files itself while loading, and then drops the tag
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
-        picture = _from_pillow(image)
+        picture = convert(image)
     if turn is None:
         return picture
     transposed, *mirrored = turn
     return (picture.transpose(1, 2) if transposed else picture).flip(mirrored)
 
 
-def _from_pillow(image: Image.Image) -> Tensor:  # (1 or 3, H, W)
+def _mask_from_pillow(image: Image.Image) -> Tensor:  # (1 or 3, H, W), see `read_mask`
+    if image.mode == "P" and max((image.getpalette() or [0])[:3]) <= 127:
+        return torch.from_numpy((np.array(image) > 0).astype(np.uint8) * 255)[None]
+    return _from_pillow(image, backdrop=0)
+
+
+def _from_pillow(image: Image.Image, backdrop: int = 255) -> Tensor:  # (1 or 3, H, W)
     if image.mode == "I" or image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.int64)
         if wide.min() < 0 or wide.max() > 65535:
@@ -138,8 +151,8 @@ def _from_pillow(image: Image.Image) -> Tensor:  # (1 or 3, H, W)
         raise ValueError("floating-point samples; save it with 8 or 16 bits")
     if image.has_transparency_data:
         colour = image.convert("RGBA")
-        white = Image.new("RGBA", colour.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, colour).convert("RGB")
+        behind = Image.new("RGBA", colour.size, (backdrop, backdrop, backdrop, 255))
+        image = Image.alpha_composite(behind, colour).convert("RGB")
     image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     array = np.array(image)
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)

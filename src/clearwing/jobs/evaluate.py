@@ -14,15 +14,18 @@ from clearwing.config import EvaluateConfig, PredictConfig, SegmentConfig
 from clearwing.data.loader import Pictures
 from clearwing.jobs import inputs
 from clearwing.jobs.progress import Progress
+from clearwing.jobs.segment import segment, told_iou
 from clearwing.jobs.train import predict_logits
 from clearwing.measure import accuracy as measure
-from clearwing.run import Run, write_json, write_text
+from clearwing.run import Run, plain, write_json, write_text
 from clearwing.train.fit import make_fabric
 from clearwing.types import ClearwingError
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Score a run on a split; returns what the command prints."""
+    if config.masks is not None and config.weights == "best":
+        raise ClearwingError("--masks", "with --weights best", "segment uses the last weights")
     run = Run.load(config.run)
     loaded = inputs.open_model(config.run, weights=config.weights)
     dataset = inputs.open_run_data(run, config.data, config.classes, config.pattern, config.masks)
@@ -35,44 +38,59 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         fabric = make_fabric(config.device, "float32")
         logits, labels = predict_logits(loaded.model.to(fabric.device), pictures, fabric, config.batch_size)
     result = scores(logits, labels, run.class_names) | {
+        "data": inputs.full_name(config.data),
         "split": config.split,
         "weights": config.weights,
+        "weights_sha256": inputs.weights_hash(run, config.weights),
         "skipped": len(skipped),
         "skipped_pictures": skipped,
-        "notes": list(dataset.notes) + selection_notes(config, run),
+        "notes": [
+            *dataset.notes,
+            *selection_notes(config, run),
+            *inputs.split_notes(dataset, config.split, run, config.data),
+        ],
     }
+    masks = segment_too(config, run)
+    if masks is not None:
+        result["mean_iou"] = masks["mean_iou"]
     stem = config.split if config.weights == "last" else f"{config.split}-{config.weights}"
     write_json(run.file("evaluation", f"{stem}.json"), result)
     table = predictions_csv(pictures, logits, run.class_names, labels)
     write_text(run.file("evaluation", f"{stem}-predictions.csv"), table)
     write_text(run.file("predictions.csv"), table)
-    if config.masks is not None:
-        from clearwing.jobs.segment import segment
-
-        out = str(run.file("segmentation", config.split))
-        segment(
-            SegmentConfig(
-                run=config.run,
-                data=config.data,
-                out=out,
-                split=config.split,
-                masks=config.masks,
-                classes=config.classes,
-                pattern=config.pattern,
-                device=config.device,
-                limit=config.limit,
-                json=config.json,
-                overwrite=True,
-            )
-        )
     low, high = result["ci95"]
+    top5 = f"top-5 {result['top5']:.1%}, " if len(run.class_names) > 5 else ""
     text = [
         f"{config.split}: accuracy {result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
-        f"top-5 {result['top5']:.1%}, loss {result['loss']:.3f}, n = {result['n']}, skipped {len(skipped)}",
+        f"{top5}loss {result['loss']:.3f}, n = {result['n']}, skipped {len(skipped)}",
+        *([told_iou(masks)] if masks is not None and masks["mean_iou"] is not None else []),
         *(f"note: {note}" for note in result["notes"]),
         f"written: {run.file('evaluation', f'{stem}.json')}",
     ]
-    return {"json": result, "text": "\n".join(text)}
+    return {"json": plain(result), "text": "\n".join(text)}
+
+
+def segment_too(config: EvaluateConfig, run: Run) -> dict[str, Any] | None:
+    """What segment finds where masks are given, written to RUN/segmentation/<split>."""
+    if config.masks is None:
+        return None
+    made = segment(
+        SegmentConfig(
+            run=config.run,
+            data=config.data,
+            out=str(run.file("segmentation", config.split)),
+            split=config.split,
+            masks=config.masks,
+            classes=config.classes,
+            pattern=config.pattern,
+            device=config.device,
+            limit=config.limit,
+            json=config.json,
+            overwrite=True,
+        )
+    )
+    found: dict[str, Any] = made["json"]
+    return found
 
 
 def selection_notes(config: EvaluateConfig, run: Run) -> list[str]:
@@ -136,7 +154,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
             raise ClearwingError("--out", out, "exists; use --overwrite or another name")
     loaded = inputs.open_model(config.model, size=config.size, fit=config.fit, classes=config.classes)
     with Progress(config.json) as progress:
-        pictures = inputs.open_pictures(loaded, config.pictures, config.limit, progress)
+        pictures = inputs.load_for(loaded, inputs.open_pictures(config.pictures, progress), config.limit, progress)
         skipped = inputs.told_skipped(pictures, progress)
         fabric = make_fabric(config.device, "float32")
         logits, _ = predict_logits(loaded.model.to(fabric.device), pictures, fabric, config.batch_size)
@@ -152,7 +170,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
         }
         for i, key in enumerate(pictures.keys)
     ]
-    result = {"model": loaded.name, "pictures": rows, "skipped": len(skipped), "skipped_pictures": skipped}
+    result = plain({"model": loaded.name, "pictures": rows, "skipped": len(skipped), "skipped_pictures": skipped})
     table = top_csv(rows)
     if out is not None:
         write_text(out, table if out.suffix.lower() == ".csv" else json.dumps(result, indent=1) + "\n")

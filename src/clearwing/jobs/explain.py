@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from clearwing.data.preprocess import read_picture, restore
 from clearwing.jobs import inputs
 from clearwing.jobs.evaluate import name_of
 from clearwing.jobs.progress import Progress
-from clearwing.run import free_folder, write_json
+from clearwing.run import free_folder, plain, write_json
 from clearwing.show import draw
 from clearwing.types import ClearwingError, Explanation, Status
 
@@ -26,12 +27,14 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
     device = inputs.pick_device(config.device)
     precision = None if config.precision == "model" else config.precision
     with Progress(config.json) as progress:
-        pictures = inputs.open_pictures(loaded, config.pictures, config.limit, progress)
+        samples = inputs.open_pictures(config.pictures, progress)
+        pictures = inputs.load_for(loaded, samples, config.limit, progress)
+        stems = inputs.result_paths(pictures.keys, "")
+        inputs.keep_sources(config.out, stems.values(), samples, grown=True)
         out = free_folder(config.out, config.overwrite)
         skipped = inputs.told_skipped(pictures, progress)
         model = loaded.model.to(device)
         rows: list[dict[str, Any]] = []
-        stems = inputs.result_paths(pictures.keys, "")
         told = progress.task("explaining")
         for batch in pictures.batches(config.batch_size, device=device):
             found: dict[str, Explanation] = explain_batch(
@@ -61,16 +64,18 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
     text = f"{len(rows)} pictures, {len(result['methods'])} maps each, skipped {len(skipped)}; written: {out}"
     if empty:
         text += f"\n{empty} maps hold no evidence (zero, constant or not finite) and are drawn blank"
-    return {"json": result, "text": text}
+    return {"json": plain(result), "text": text}
 
 
 def read_target(text: str, class_names: tuple[str, ...]) -> Any:
-    """pred, top-3, a class name or index, or A,B for a contrast."""
+    """pred, top-3, a class name or index (what is both is the name), or A,B for a contrast."""
     if text in ("pred", "label") or text.startswith("top-") or text in class_names:
         if text == "label":
             raise ClearwingError("--target", text, "these pictures have no labels; give pred, a class, or top-3")
         return text
-    parts = [int(part) if part.lstrip("-").isdigit() else part for part in comma_list(text)]
+    parts = [
+        int(part) if re.fullmatch(r"-?\d+", part) and part not in class_names else part for part in comma_list(text)
+    ]
     if len(parts) == 2:
         return (parts[0], parts[1])
     if len(parts) == 1:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +15,11 @@ import torch
 
 from clearwing.config import TrainConfig, class_list, split_settings
 from clearwing.data.loader import Pictures, load_pictures, spread
-from clearwing.data.sources import ALL, Dataset, Sample, open_data
+from clearwing.data.sources import ALL, BUILT_IN, EXTENSIONS, Dataset, Sample, open_data
 from clearwing.jobs.progress import Progress
 from clearwing.models.classifier import Classifier, wrap
 from clearwing.models.zoo import load_model
-from clearwing.run import Run
+from clearwing.run import WEIGHTS, Run
 from clearwing.types import ClearwingError
 
 
@@ -38,6 +41,8 @@ def open_model(
     """A RUN, torchvision:NAME, timm:NAME, a weights file, or file.py:factory, in eval mode on the CPU."""
     if Path(spec).is_dir():
         run = Run.load(spec)
+        if classes is not None:
+            raise ClearwingError("--classes", classes, "the run knows its classes; leave it out")
         model = run.load_model(weights)
         settings = run.config["train"]
         fit = fit or settings["fit"]
@@ -58,19 +63,43 @@ def run_settings(run: Run) -> TrainConfig:
     return TrainConfig(**known)
 
 
+def full_name(where: str) -> str:
+    """The absolute path of a data set that is a file or folder; the name of a built-in one."""
+    return str(Path(where).resolve()) if Path(where).exists() else where
+
+
+def own_data(run: Run, where: str | None) -> bool:
+    """Whether this is the data that the run was trained on."""
+    stored = run.config["data"]["where"]
+    return where is None or where == stored or full_name(where) == stored
+
+
+def weights_hash(run: Run, weights: str = "last") -> str | None:
+    """Sixteen hex digits that change with the run's weights file; None where there is none."""
+    path = run.file(WEIGHTS[weights])
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+
+
+def open_like_run(
+    run: Run, where: str | None, classes: str | None = None, pattern: str | None = None, masks: str | None = None
+) -> Dataset:
+    """Data split with the run's settings; its classes and pattern are used for its own data, and for no other."""
+    settings = run_settings(run)
+    own = own_data(run, where)
+    return open_data(
+        where or run.config["data"]["where"],
+        classes=class_list(classes or (settings.classes if own else None)),
+        pattern=pattern or (settings.pattern if own else None),
+        masks=masks,
+        **split_settings(settings),
+    )
+
+
 def open_run_data(
     run: Run, where: str | None, classes: str | None = None, pattern: str | None = None, masks: str | None = None
 ) -> Dataset:
     """What a job on a run works on: split as in training where it is the same data, labelled as the run knows it."""
-    settings = run_settings(run)
-    dataset = open_data(
-        where or run.config["data"]["where"],
-        classes=class_list(classes or settings.classes),
-        pattern=pattern or settings.pattern,
-        masks=masks,
-        **split_settings(settings),
-    )
-    return dataset.relabelled(run.class_names)
+    return open_like_run(run, where, classes, pattern, masks).relabelled(run.class_names)
 
 
 def split_of(dataset: Dataset, split: str) -> tuple[Sample, ...]:
@@ -80,6 +109,18 @@ def split_of(dataset: Dataset, split: str) -> tuple[Sample, ...]:
     if split == ALL or tuple(dataset.splits) == (ALL,):
         return tuple(sample for samples in dataset.splits.values() for sample in samples)
     raise ClearwingError("--split", split, f"this data has {', '.join(dataset.splits)}; or take all")
+
+
+def split_name(dataset: Dataset, split: str) -> str:
+    """The split that `split_of` gives for this name."""
+    return ALL if tuple(dataset.splits) == (ALL,) else split
+
+
+def split_notes(dataset: Dataset, split: str, run: Run, where: str) -> list[str]:
+    """What a reader must know of the split before quoting a figure."""
+    if split == ALL and "train" in dataset.splits and own_data(run, where):
+        return [f"{ALL} holds pictures that the network was trained on"]
+    return []
 
 
 def limited(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...]:
@@ -98,24 +139,49 @@ def load_for(loaded: Loaded, samples: tuple[Sample, ...], limit: int | None, pro
     )
 
 
-def open_pictures(loaded: Loaded, names: tuple[str, ...], limit: int | None, progress: Progress) -> Pictures:
-    """Files and folders of pictures, in the order given."""
+def open_pictures(names: tuple[str, ...], progress: Progress) -> tuple[Sample, ...]:
+    """Files and folders of pictures, in the order given; folders with all that lies below them."""
     samples: list[Sample] = []
     for name in names:
-        dataset = open_data(name)
-        samples += [sample for split in dataset.splits.values() for sample in split]
+        dataset = open_data(name, val_fraction=0.0) if name in BUILT_IN else open_below(name)
+        samples += split_of(dataset, ALL)
+        for note in dataset.notes:
+            progress.say(f"note: {note}")
     if not samples:
         raise ClearwingError("PICTURES", "none", "name at least one file or folder")
-    return load_for(loaded, unique_keys(samples), limit, progress)
+    return unique_keys(samples)
 
 
-def unique_keys(samples: list[Sample]) -> tuple[Sample, ...]:
-    """The samples with the folder's name in front of keys that occur twice."""
-    seen: dict[str, int] = {}
+def open_below(name: str) -> Dataset:
+    """One picture, Parquet, or every picture below a folder with its path from there as key; labels do not matter."""
+    folder = Path(name)
+    if folder.is_dir():
+        samples = tuple(Sample(path.relative_to(folder).as_posix(), path) for path in pictures_below(folder))
+        if samples:
+            return Dataset(folder.resolve().name, (), {ALL: samples})
+    return open_data(name, val_fraction=0.0)
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The picture files below a folder, sorted; hidden ones and folders of masks are left out."""
+    found = []
+    for at, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__")) and name.lower() != "masks"]
+        found += [Path(at, name) for name in files if not name.startswith(".") and name.lower().endswith(EXTENSIONS)]
+    return sorted(found)
+
+
+def unique_keys(samples: Sequence[Sample]) -> tuple[Sample, ...]:
+    """The samples, with a number as folder before the keys that occurred already."""
+    given, seen = {sample.key for sample in samples}, set[str]()
     made = []
     for sample in samples:
-        count = seen[sample.key] = seen.get(sample.key, 0) + 1
-        made.append(sample if count == 1 else dataclasses.replace(sample, key=f"{count}/{sample.key}"))
+        key = sample.key
+        if key in seen:
+            tries = (f"{count}/{sample.key}" for count in itertools.count(2))
+            key = next(one for one in tries if one not in given and one not in seen)
+        seen.add(key)
+        made.append(dataclasses.replace(sample, key=key))
     return tuple(made)
 
 
@@ -125,10 +191,35 @@ def result_paths(keys: Sequence[str], suffix: str) -> dict[str, Path]:
     Pictures that differ in their suffix alone keep it (`a.jpg.png`); no name leads out of the folder.
     """
     stems = {key: Path(*[part for part in Path(key).with_suffix("").parts if part not in ("/", "..")]) for key in keys}
-    count = Counter(stems.values())
-    return {
-        key: stem.with_name((Path(key).name if count[stem] > 1 else stem.name) + suffix) for key, stem in stems.items()
-    }
+    count, taken = Counter(stems.values()), set[Path]()
+    found = {}
+    for key, stem in stems.items():
+        full = Path(key).name
+        tries = itertools.chain(
+            [] if count[stem] > 1 else [stem.name], [full], (f"{full}.{number}" for number in itertools.count(2))
+        )
+        found[key] = next(path for path in (stem.with_name(one + suffix) for one in tries) if path not in taken)
+        taken.add(found[key])
+    return found
+
+
+def keep_sources(out: str | Path, files: Iterable[Path], samples: Iterable[Sample], *, grown: bool = False) -> None:
+    """Refuse an output folder in which one of the files to write is a picture or a true mask that is read.
+
+    With `grown`, a file `a` stands for all that is called `a.png` or `a.<anything>.png`.
+    """
+    written = {(Path(out) / file).resolve() for file in files}
+    for sample in samples:
+        for source in (sample.source, sample.mask):
+            if not isinstance(source, str | Path):
+                continue
+            path = Path(source).resolve()
+            names = [path.name]
+            if grown:
+                parts = path.name.split(".") if path.suffix.lower() == ".png" else []
+                names = [".".join(parts[:end]) for end in range(1, len(parts))]
+            if any(path.with_name(name) in written for name in names if name):
+                raise ClearwingError("--out", out, f"would replace {source}; give another folder")
 
 
 def told_skipped(pictures: Pictures, progress: Progress) -> list[list[str]]:

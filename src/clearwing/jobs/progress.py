@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,10 +110,3 @@ def clock_time(seconds: float) -> str:
     whole = max(round(seconds), 0)
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def command_line() -> str:
-    """The command as it was typed, for the report."""
-    import shlex
-
-    return "clearwing " + shlex.join(sys.argv[1:]) if Path(sys.argv[0]).name.startswith("clearwing") else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def report(config: ReportConfig) -> dict[str, Any]:
     split = config.split or run.config["resolved"]["watch"]
     with Progress(config.json) as progress:
         seen = look(run, config, split, progress)
-        parts = segmentations(run)
+        parts = segmentations(run, progress)
         found = page.Report(
             title=run.path.resolve().name,
             when=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -41,11 +42,11 @@ def report(config: ReportConfig) -> dict[str, Any]:
             specimen=specimen(seen, parts) if seen else None,
             data=data_facts(run),
             training=training(run),
-            evaluations=evaluations(run, seen, split),
+            evaluations=evaluations(run, seen, split, progress),
             mistakes=mistakes(seen, config) if seen and seen.labels is not None else None,
             mistakes_total=len(seen.wrong()) if seen and seen.labels is not None else None,
             methods=method_rows(seen) if seen else (),
-            segmentation=segmentation(run, parts, config.most),
+            segmentation=segmentation(run, parts, config),
             skipped=tuple((str(key), str(reason)) for key, reason in run.config["data"]["skipped"]),
             commands=commands(run, parts, split),
             environment={key: str(value) for key, value in run.config["environment"].items()},
@@ -148,9 +149,22 @@ def training(run: Run) -> page.Training | None:
     return page.Training(rows, sum(row["seconds"] for row in rows))
 
 
-def evaluations(run: Run, seen: Seen | None, split: str) -> tuple[page.Evaluation, ...]:
+def current(run: Run, result: dict[str, Any], name: str, progress: Progress) -> bool:
+    """Whether a result is of the weights that the run holds now, or does not say of which."""
+    held = inputs.weights_hash(run, result.get("weights", "last"))
+    if result.get("weights_sha256") in (None, held):
+        return True
+    progress.say(f"note: the results in {name} are of other weights; left out")
+    return False
+
+
+def evaluations(run: Run, seen: Seen | None, split: str, progress: Progress) -> tuple[page.Evaluation, ...]:
     """What evaluate wrote, the report's split first; computed here where it was not run."""
-    results = {name: result for name, result in run.results().items() if "accuracy" in result}
+    results = {
+        name: result
+        for name, result in run.results().items()
+        if "accuracy" in result and current(run, result, f"evaluation/{name}.json", progress)
+    }
     if split not in results and seen is not None and seen.labels is not None:
         results[split] = scores(seen.logits, seen.labels, run.class_names) | {"split": split, "weights": "last"}
     ordered = sorted(results.items(), key=lambda item: (item[0] != split, item[1]["weights"] != "last", item[0]))
@@ -166,7 +180,7 @@ def evaluations(run: Run, seen: Seen | None, split: str) -> tuple[page.Evaluatio
                 result["n"],
                 page.Estimate(result["accuracy"], *result["ci95"]),
                 result["loss"],
-                result["top5"],
+                result["top5"] if len(result["class_names"]) > 5 else None,
                 result["weights"],
                 rows,
                 tuple(tuple(row) for row in result["confusion"]),
@@ -221,13 +235,15 @@ class Part:
         return read_mask(self.folder / self.result["files"][key])
 
 
-def segmentations(run: Run) -> list[Part]:
+def segmentations(run: Run, progress: Progress) -> list[Part]:
     """What segment wrote below the run; the default recipe first."""
     files = [*run.path.glob("*/segmentation.json"), *run.path.glob("*/*/segmentation.json")]
-    return sorted((Part(file.parent) for file in sorted(files)), key=lambda part: part.recipe != "default")
+    parts = [Part(file.parent) for file in sorted(files)]
+    parts = [part for part in parts if current(run, part.result, str(part.folder.relative_to(run.path)), progress)]
+    return sorted(parts, key=lambda part: part.recipe != "default")
 
 
-def segmentation(run: Run, parts: list[Part], most: int) -> page.Segmentation | None:
+def segmentation(run: Run, parts: list[Part], config: ReportConfig) -> page.Segmentation | None:
     """The recipes and baselines side by side, and the masks from best to worst."""
     if not parts:
         return None
@@ -239,7 +255,7 @@ def segmentation(run: Run, parts: list[Part], most: int) -> page.Segmentation | 
         result["masks_used_for_calibration"],
         str(result["threshold"]["how"]),
         tuple(first.per_image.values()),
-        mask_gallery(run, first, most),
+        mask_gallery(run, first, config),
         tuple(result["notes"]),
     )
 
@@ -259,17 +275,18 @@ def pipelines(parts: list[Part]) -> tuple[page.Pipeline, ...]:
         if part is not first and part.per_image.keys() == first.per_image.keys():
             own = torch.tensor([first.per_image[key] for key in first.per_image], dtype=torch.float64)
             other = torch.tensor([part.per_image[key] for key in first.per_image], dtype=torch.float64)
-            difference = page.Estimate(float((own - other).mean()), *paired_interval(own, other))
+            interval = paired_interval(own, other) if len(own) > 1 else ()
+            difference = page.Estimate(float((own - other).mean()), *interval)
         kind = "default" if part is first else "recipe"
-        value = page.Estimate(part.result["mean_iou"], *part.result["ci95"])
+        value = page.Estimate(part.result["mean_iou"], *(part.result["ci95"] or ()))
         rows[part.recipe] = page.Pipeline(part.recipe, kind, value, difference, about_recipe(part.result))
     for name, value in first.result["baselines"].items():
         found = first.result["differences"][name]
         rows[name] = page.Pipeline(
             name,
             "baseline",
-            page.Estimate(value, *first.result["baseline_ci95"][name]),
-            page.Estimate(found["mean"], *found["ci95"]),
+            page.Estimate(value, *(first.result["baseline_ci95"][name] or ())),
+            page.Estimate(found["mean"], *(found["ci95"] or ())),
             BASELINES.get(name, ""),
         )
     return tuple(rows.values())
@@ -294,22 +311,22 @@ def about_recipe(result: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def samples_by_key(run: Run, split: str) -> dict[str, Any]:
-    """The samples of a split by their key; none where the data is gone."""
+def samples_by_key(run: Run, part: Part, config: ReportConfig) -> dict[str, Any]:
+    """The samples that masks were made of, by their key; none where the data is gone."""
     try:
-        dataset = inputs.open_run_data(run, None)
-        return {sample.key: sample for sample in inputs.split_of(dataset, split)}
+        dataset = inputs.open_like_run(run, config.data or part.result.get("data"), config.classes, config.pattern)
+        return {sample.key: sample for sample in inputs.split_of(dataset, part.result["split"])}
     except ClearwingError:
         return {}
 
 
-def mask_gallery(run: Run, part: Part, most: int) -> tuple[page.MaskPicture, ...]:
+def mask_gallery(run: Run, part: Part, config: ReportConfig) -> tuple[page.MaskPicture, ...]:
     """Pictures with the outlines of mask and truth, evenly spread from the best IoU to the worst."""
-    samples = samples_by_key(run, part.result["split"])
+    samples = samples_by_key(run, part, config)
     keys = sorted(part.per_image, key=lambda key: -part.per_image[key]) or list(samples)
     keys = [key for key in keys if key in samples]
     shown = []
-    for at in spread(len(keys), most) if keys else ():
+    for at in spread(len(keys), config.most) if keys else ():
         sample = samples[keys[at]]
         picture, mask = draw.to_rgb(read_picture(sample.source)), part.mask(sample.key)
         truth = read_mask(sample.mask) if sample.mask is not None else None
@@ -342,18 +359,23 @@ def commands(run: Run, parts: list[Part], split: str) -> tuple[str, ...]:
     """How to do it again."""
     where = run.config["data"]["where"]
     lines = [f"clearwing train --config {run.path}/config.json {where} --out {run.path}-again"]
-    if run.config["train"].get("command"):
-        lines = [run.config["train"]["command"]]
     if run.config["train"].get("time_budget"):
         lines[0] += f" --replay {run.path}/plan.json" if run.file("plan.json").is_file() else ""
     lines.append(f"clearwing evaluate {run.path} {where} --split {split}")
     lines += [
-        f"clearwing segment {run.path} {where} --split {part.result['split']}"
-        + (f" --recipe {part.recipe}" if part.recipe != "default" else "")
+        f"clearwing segment {run.path} {part.result.get('data', where)} --split {part.result['split']}"
+        + recipe_options(part)
         + f" --out {part.folder}"
         for part in parts
     ]
     return (*lines, f"clearwing report {run.path}")
+
+
+def recipe_options(part: Part) -> str:
+    """The options that choose the part's recipe and what replaced parts of it."""
+    recipe = part.recipe.removesuffix(" (changed)")
+    given = ({"recipe": recipe} if recipe != "default" else {}) | part.result.get("options", {})
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items())
 
 
 def write_pictures(run: Run, found: page.Report) -> list[Path]:

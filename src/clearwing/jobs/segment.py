@@ -12,23 +12,26 @@ from torch import Tensor, nn
 
 from clearwing.attribution.methods import METHODS, explain
 from clearwing.attribution.trace import find_layer, record
-from clearwing.config import SegmentConfig, comma_list, split_settings
+from clearwing.config import SegmentConfig, class_list, comma_list
 from clearwing.data.loader import Pictures
 from clearwing.data.preprocess import read_mask, restore
-from clearwing.data.sources import Dataset, open_data
+from clearwing.data.sources import ALL, Dataset, open_data
 from clearwing.jobs import inputs
 from clearwing.jobs.progress import Progress
 from clearwing.masks import baselines
 from clearwing.masks.pipeline import RECIPES, Recipe, Segmentation, segment_with
 from clearwing.masks.refine import dilate
 from clearwing.masks.threshold import binarize
-from clearwing.measure.overlap import bootstrap_interval, iou, paired_interval
-from clearwing.run import Run, free_folder, write_json
+from clearwing.measure.overlap import bootstrap_interval, iou
+from clearwing.run import Run, free_folder, plain, write_json
 from clearwing.show.draw import save_png
 from clearwing.types import Batch, ClearwingError, near
 
 Masker = Callable[[Batch, Batch], Tensor]
 """Pictures as the network takes them, and as fine as they are refined, to masks (N, H, W) at the finer size."""
+
+OPTIONS = ("method", "layers", "threshold", "refine")
+"""What a command may replace of its recipe."""
 
 
 def segment(config: SegmentConfig) -> dict[str, Any]:
@@ -50,6 +53,8 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
             # Refinement works on the colours and edges of the picture, so it is given more of them than the network.
             finer = replace(loaded, size=loaded.size * recipe.detail)
             fine = inputs.load_for(finer, samples, config.limit, progress)
+        files = inputs.result_paths(pictures.keys, ".png")
+        inputs.keep_sources(config.out, files.values(), inputs.split_of(dataset, ALL))
         out = free_folder(config.out, config.overwrite)
         skipped = inputs.told_skipped(pictures, progress)
         layers = comma_list(config.layers) or deepest_stages(model, pictures, recipe.layers, device)
@@ -58,13 +63,14 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
         rivals = {}
         if config.baselines and any(truth is not None for truth in truths):
             rivals = baseline_maskers(loaded.run, recipe, layers, device, config.seed)
-        files = inputs.result_paths(pictures.keys, ".png")
         scores = run_maskers(pictures, fine, truths, segmenter, rivals, out, files, device, config.batch_size, progress)
     threshold = {"how": recipe.threshold, "value": threshold_value(recipe), "layers": layers, "recipe": segmenter.how}
     counts = {"fell_back": segmenter.fell_back, "no_evidence": segmenter.empty}
     result = summarise(scores, config.seed) | {
-        "split": config.split,
-        "recipe": config.recipe,
+        "data": inputs.full_name(config.data),
+        "split": inputs.split_name(dataset, config.split),
+        "recipe": config.recipe + (" (changed)" if changed(config, recipe) else ""),
+        "options": {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None},
         "n": len(pictures),
         "files": {key: str(path) for key, path in files.items()},
         "threshold": threshold,
@@ -75,8 +81,11 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
         "notes": list(dataset.notes),
         **counts,
     }
+    if loaded.run is not None:
+        result["weights_sha256"] = inputs.weights_hash(loaded.run)
+        result["notes"] += inputs.split_notes(dataset, config.split, loaded.run, config.data)
     write_json(out / "segmentation.json", result)
-    return {"json": result, "text": told(result, out)}
+    return {"json": plain(result), "text": told(result, out)}
 
 
 def chosen_recipe(config: SegmentConfig) -> Recipe:
@@ -102,17 +111,17 @@ def chosen_recipe(config: SegmentConfig) -> Recipe:
     return recipe
 
 
+def changed(config: SegmentConfig, recipe: Recipe) -> bool:
+    """Whether the command replaced anything of the named recipe."""
+    return recipe != RECIPES[config.recipe] or config.layers is not None
+
+
 def open_samples(config: SegmentConfig, run: Run | None) -> Dataset:
-    """The pictures; labels are not needed, so the classes of unlabelled or foreign folders do not matter."""
+    """The pictures; labels are not needed, so that they may be of classes the network does not know."""
     if run is None:
-        return open_data(config.data, pattern=config.pattern, masks=config.masks)
-    settings = inputs.run_settings(run)
-    return open_data(
-        config.data,
-        pattern=config.pattern or settings.pattern,
-        masks=config.masks,
-        **split_settings(settings),
-    )
+        classes = class_list(config.classes)
+        return open_data(config.data, classes=classes, pattern=config.pattern, masks=config.masks)
+    return inputs.open_like_run(run, config.data, config.classes, config.pattern, config.masks)
 
 
 def deepest_stages(model: nn.Module, pictures: Pictures, count: int, device: torch.device) -> list[str]:
@@ -236,15 +245,18 @@ def summarise(scores: dict[str, dict[str, float]], seed: int) -> dict[str, Any]:
     result |= {"baselines": {}, "baseline_ci95": {}, "differences": {}, "baseline_per_image": {}}
     if len(own) == 0:
         return result
-    result |= {"mean_iou": float(own.mean()), "ci95": list(bootstrap_interval(own, seed=seed))}
+
+    def interval(values: Tensor) -> list[float] | None:  # one picture says nothing of how others vary
+        return list(bootstrap_interval(values, seed=seed)) if len(values) > 1 else None
+
+    result |= {"mean_iou": float(own.mean()), "ci95": interval(own)}
     for name, values in scores.items():
         if name == "masks":
             continue
         other = torch.tensor(list(values.values()), dtype=torch.float64)
         result["baselines"][name] = float(other.mean())
-        result["baseline_ci95"][name] = list(bootstrap_interval(other, seed=seed))
-        interval = list(paired_interval(own, other, seed=seed))
-        result["differences"][name] = {"mean": float((own - other).mean()), "ci95": interval}
+        result["baseline_ci95"][name] = interval(other)
+        result["differences"][name] = {"mean": float((own - other).mean()), "ci95": interval(own - other)}
         result["baseline_per_image"][name] = values
     return result
 
@@ -257,6 +269,12 @@ def threshold_value(recipe: Recipe) -> float | None:
     return float(number) if number else None
 
 
+def told_iou(result: dict[str, Any]) -> str:
+    """The headline, where masks were scored."""
+    interval = "" if result["ci95"] is None else "95 % interval {:.3f} to {:.3f}, ".format(*result["ci95"])
+    return f"mean IoU {result['mean_iou']:.3f} ({interval}n = {result['scored']})"
+
+
 def told(result: dict[str, Any], out: Path) -> str:
     """The result in a few lines."""
     lines = [
@@ -264,15 +282,12 @@ def told(result: dict[str, Any], out: Path) -> str:
         f"skipped {result['skipped']}"
     ]
     if result["mean_iou"] is not None:
-        low, high = result["ci95"]
-        lines.append(
-            f"mean IoU {result['mean_iou']:.3f} (95 % interval {low:.3f} to {high:.3f}, n = {result['scored']})"
-        )
+        lines.append(told_iou(result))
         for name, value in result["baselines"].items():
-            low, high = result["differences"][name]["ci95"]
-            lines.append(
-                f"  {name:<20}{value:.3f}   difference {result['differences'][name]['mean']:+.3f} "
-                f"({low:+.3f} to {high:+.3f})"
-            )
+            difference = result["differences"][name]
+            line = f"  {name:<20}{value:.3f}   difference {difference['mean']:+.3f}"
+            if difference["ci95"] is not None:
+                line += " ({:+.3f} to {:+.3f})".format(*difference["ci95"])
+            lines.append(line)
     lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join([*lines, f"written: {out}"])
