@@ -466,3 +466,15 @@ def test_a_network_that_is_not_finite_gives_json(capsys, photos, tmp_path):
     code, out, _ = run(capsys, "predict", f"{factory}:make", picture, "--size", "16", "--json")
     assert code == 0
     assert json.loads(out, parse_constant=pytest.fail)["pictures"][0]["predictions"][0]["probability"] is None
+
+
+def test_explain_into_a_folder_below_the_pictures_passes_its_own_results_over(capsys, photos, trained, tmp_path):
+    folder = shutil.copytree(photos / "val", tmp_path / "val")
+    command = ["explain", trained, folder, "--methods", "saliency", "--out", folder / "maps", "--overwrite", "--json"]
+    for _ in range(2):
+        code, out, _ = run(capsys, *command)
+        assert code == 0
+        assert len(json.loads(out)["pictures"]) == 6
+    assert "--larger-than" in failure(
+        capsys, "explain", trained, folder, "--layers", "layer2", "--larger-than", "3", "--out", tmp_path / "other"
+    )

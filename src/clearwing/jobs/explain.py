@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from clearwing.attribution.methods import METHODS
 from clearwing.attribution.methods import explain as explain_batch
+from clearwing.attribution.trace import find_layer
 from clearwing.config import ExplainConfig, comma_list
 from clearwing.data.loader import Pictures
 from clearwing.data.preprocess import read_picture, restore
@@ -22,18 +24,23 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
     """Explain pictures; returns what the command prints."""
     methods = comma_list(config.methods)
     layers = comma_list(config.layers) or None
+    if layers and config.larger_than is not None:
+        raise ClearwingError("--larger-than", config.larger_than, "chooses a layer where --layers names none; give one")
     loaded = inputs.open_model(config.model, size=config.size, fit=config.fit, classes=config.classes)
     target = read_target(config.target, loaded.model.class_names)
     device = inputs.pick_device(config.device)
     precision = None if config.precision == "model" else config.precision
     with Progress(config.json) as progress:
-        samples = inputs.open_pictures(config.pictures, progress)
+        samples = inputs.open_pictures(config.pictures, progress, config.out)
         pictures = inputs.load_for(loaded, samples, config.limit, progress)
         stems = inputs.result_paths(pictures.keys, "")
         inputs.keep_sources(config.out, stems.values(), samples, grown=True)
         out = free_folder(config.out, config.overwrite)
         skipped = inputs.told_skipped(pictures, progress)
         model = loaded.model.to(device)
+        if layers is None and any(METHODS[name].needs_layer for name in methods if name in METHODS):
+            one = next(iter(pictures.subset(1).batches(1, device=device)))
+            layers = [find_layer(model, one, config.larger_than)]  # once, not with every batch
         rows: list[dict[str, Any]] = []
         told = progress.task("explaining")
         for batch in pictures.batches(config.batch_size, device=device):
@@ -45,7 +52,6 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
                 target=target,
                 precision=precision,
                 seed=config.seed,
-                larger_than=config.larger_than,
             )
             part = pictures.subset(range(len(rows), len(rows) + len(batch)))
             rows += write_batch(out, stems, part, {key: item.to("cpu") for key, item in found.items()}, config.edges)

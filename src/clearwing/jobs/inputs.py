@@ -139,11 +139,11 @@ def load_for(loaded: Loaded, samples: tuple[Sample, ...], limit: int | None, pro
     )
 
 
-def open_pictures(names: tuple[str, ...], progress: Progress) -> tuple[Sample, ...]:
-    """Files and folders of pictures, in the order given; folders with all that lies below them."""
+def open_pictures(names: tuple[str, ...], progress: Progress, out: str | None = None) -> tuple[Sample, ...]:
+    """Files and folders of pictures, in the order given; folders with all below them but the results in `out`."""
     samples: list[Sample] = []
     for name in names:
-        dataset = open_data(name, val_fraction=0.0) if name in BUILT_IN else open_below(name)
+        dataset = open_data(name, val_fraction=0.0) if name in BUILT_IN else open_below(name, out)
         samples += split_of(dataset, ALL)
         for note in dataset.notes:
             progress.say(f"note: {note}")
@@ -152,21 +152,22 @@ def open_pictures(names: tuple[str, ...], progress: Progress) -> tuple[Sample, .
     return unique_keys(samples)
 
 
-def open_below(name: str) -> Dataset:
+def open_below(name: str, out: str | None = None) -> Dataset:
     """One picture, Parquet, or every picture below a folder with its path from there as key; labels do not matter."""
     folder = Path(name)
     if folder.is_dir():
-        samples = tuple(Sample(path.relative_to(folder).as_posix(), path) for path in pictures_below(folder))
+        samples = tuple(Sample(path.relative_to(folder).as_posix(), path) for path in pictures_below(folder, out))
         if samples:
             return Dataset(folder.resolve().name, (), {ALL: samples})
     return open_data(name, val_fraction=0.0)
 
 
-def pictures_below(folder: Path) -> list[Path]:
-    """The picture files below a folder, sorted; hidden ones and folders of masks are left out."""
-    found = []
+def pictures_below(folder: Path, out: str | None = None) -> list[Path]:
+    """The picture files below a folder, sorted; hidden ones, folders of masks and the folder `out` are left out."""
+    found, results = [], None if out is None else Path(out).resolve()
     for at, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__")) and name.lower() != "masks"]
+        folders[:] = [name for name in folders if Path(at, name).resolve() != results]
         found += [Path(at, name) for name in files if not name.startswith(".") and name.lower().endswith(EXTENSIONS)]
     return sorted(found)
 

@@ -82,6 +82,10 @@ def check(config: TrainConfig) -> None:
         raise ClearwingError("--time-budget", config.time_budget, "give --epochs or --time-budget, not both")
     if config.model not in MODELS:
         raise ClearwingError("--model", config.model, near(config.model, MODELS))
+    if config.weights not in (None, "imagenet") and not Path(str(config.weights)).is_file():
+        raise ClearwingError("--weights", config.weights, "no such file; give imagenet or a weights file")
+    if config.replay is not None and not Path(config.replay).is_file():
+        raise ClearwingError("--replay", config.replay, "no such file; give the plan.json of a run")
     if config.val == "train":
         raise ClearwingError("--val", "train", "watch another split than the one that is learned")
     if config.resume and config.overwrite:
