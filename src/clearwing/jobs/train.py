@@ -38,7 +38,7 @@ def train(config: TrainConfig, *, clock: Callable[[], float] = time.monotonic) -
     run = Run.load(config.out) if config.resume else None
     dataset = open_split_data(config)
     chosen = choose(config, dataset)
-    fabric = make_fabric(config.device, safe_precision(config))
+    fabric = make_fabric(config.device, config.precision)
     if run is not None:
         same_run(run, config, dataset)
     run = run or Run.create(config.out, overwrite=config.overwrite)
@@ -114,22 +114,6 @@ def check(config: TrainConfig) -> None:
             raise ClearwingError(f"--{name.replace('_', '-')}", value, f"give a number from {low:g} to {high:g}")
     if config.time_budget is not None:
         seconds(config.time_budget)
-
-
-def safe_precision(config: TrainConfig) -> str:
-    """The precision to train in: not bfloat16 where the CPU's kernels are broken.
-
-    With torch 2.15 the weight gradient of a 1x1 convolution of fewer than 16 input channels corrupts memory in bfloat16
-    on a CPU (oneDNN, `jit_avx512_core_bf16_1x1_convolution_bwd_weights_t`: "double free or corruption" at exit).
-    """
-    projected = config.model not in BLOCKS and config.shortcut == "projection" and config.downsample == "block"
-    on_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    if not (projected and on_cpu and min(config.widths[:2]) < 16):
-        return config.precision
-    if config.precision == "bfloat16":
-        mend = f"breaks on a CPU with widths {config.widths}; take float32, --shortcut pad, or widths from 16"
-        raise ClearwingError("--precision", "bfloat16", mend)
-    return "float32"
 
 
 def same_run(run: Run, config: TrainConfig, dataset: Dataset) -> None:
