@@ -227,3 +227,28 @@ def test_summary_leaves_everything_as_it_was():
 def test_summary_wants_a_size():
     with pytest.raises(ClearwingError, match="input_size"):
         summary(Tiny())
+
+
+@pytest.mark.parametrize("channels", [8, 16])
+@pytest.mark.parametrize("size", [7, 8])
+def test_the_projection_is_a_strided_1x1_convolution(channels, size):
+    from clearwing.models.resnet import Projection
+
+    torch.manual_seed(0)
+    ours, usual = Projection(channels, 5, 2), torch.nn.Conv2d(channels, 5, 1, 2, bias=False)
+    usual.load_state_dict(ours.state_dict())
+    images = torch.rand(2, channels, size, size)
+    torch.testing.assert_close(ours(images), usual(images), rtol=1e-5, atol=1e-6)
+
+
+def test_narrow_networks_learn_without_breaking_the_process():
+    import subprocess
+    import sys
+
+    code = (  # the kernel that writes out of bounds is noticed when the process ends
+        "import torch, clearwing as cw\n"
+        "net = cw.ResNet6n2(1, 3, widths=(4, 8, 8)).to(memory_format=torch.channels_last)\n"
+        "for n in (6, 5, 12):\n"
+        "    net(torch.rand(n, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
