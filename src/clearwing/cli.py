@@ -9,6 +9,7 @@ import io
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ _ABOUT = "Train an image classifier, see where it looks and why it errs, and get
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 found before work started, 1 later."""
+    began = time.monotonic()  # importing torch takes seconds that belong to a time budget
     argv = list(sys.argv[1:] if argv is None else argv)
     as_json = "--json" in argv
     try:
         name, config = parse(argv)
         # With --json stdout holds one object: what anything else prints (a model's own file, say) goes to stderr.
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-            result = _job(COMMANDS[name][1])(config)
+            timed = {"began": began} if name == "train" else {}
+            result = _job(COMMANDS[name][1])(config, **timed)
     except ClearwingError as error:
         return _failed(error, as_json)
     except KeyboardInterrupt:

@@ -29,9 +29,11 @@ from clearwing.train.schedule import Budget, FirstEpoch, Plan, Replay, Steps, sc
 from clearwing.types import Batch, ClearwingError, atomic_path, near
 
 
-def train(config: TrainConfig, *, clock: Callable[[], float] = time.monotonic) -> dict[str, Any]:
-    """Train as `config` says; returns what the command prints."""
-    began = clock()
+def train(
+    config: TrainConfig, *, clock: Callable[[], float] = time.monotonic, began: float | None = None
+) -> dict[str, Any]:
+    """Train as `config` says; returns what the command prints. A time budget counts from `began`, or from now."""
+    began = clock() if began is None else began
     check(config)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -310,7 +312,7 @@ class _Session:
         if self.config.time_budget is None:
             return Steps(steps * (self.chosen.epochs or 1))
         total = seconds(self.config.time_budget)
-        # Importing torch and leaving the process are outside of what is timed here.
+        # Starting Python and leaving the process are outside of what is timed here.
         left = total - (self.clock() - self.began) - min(8.0, 0.05 * total)
         kind = Budget if self.config.plan == "share" else FirstEpoch
         return kind(left, clock=self.clock)
