@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from clearwing.config import MODELS, TrainConfig, as_json, class_list, seconds, split_settings
 from clearwing.data.augment import Augment
-from clearwing.data.loader import Pictures, load_pictures, spread
+from clearwing.data.loader import Pictures, load_pictures
 from clearwing.data.sources import BUILT_IN, Dataset, open_data
+from clearwing.jobs.inputs import limited
 from clearwing.jobs.progress import Progress, TensorBoard, TrainingBar
 from clearwing.measure.accuracy import wilson_interval
 from clearwing.models.classifier import Classifier, wrap
@@ -197,9 +198,7 @@ def load_train_and_val(
     """The decoded pictures: those to train on at the cache's size, those to watch at the network's."""
 
     def load(split: str, size: int) -> Pictures:
-        samples = dataset.splits[split]
-        if config.limit is not None:
-            samples = tuple(samples[i] for i in spread(len(samples), config.limit))
+        samples = limited(dataset.splits[split], config.limit)
         return load_pictures(
             samples, size, fit=config.fit, channels=config.channels, progress=progress.task(f"reading {split}")
         )
