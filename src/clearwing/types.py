@@ -102,6 +102,8 @@ class Explanation:
     keys: tuple[str, ...] = ()
     channels: Tensor | None = None  # (N, M, C, H, W), the signed input gradient of the input methods
     class_names: tuple[str, ...] = field(default=(), repr=False)
+    peak: Tensor | None = None  # (N, M), the largest raw value, of joined layers before they were scaled
+    images: Tensor | None = field(default=None, repr=False)  # (N, C, H, W), as they were given: for drawing, not saved
 
     def __len__(self) -> int:
         return int(self.maps.shape[0])
@@ -122,13 +124,14 @@ class Explanation:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by name."""
-        names = ("maps", "classes", "logits", "status", "against", "channels")
+        names = ("maps", "classes", "logits", "status", "against", "channels", "peak")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def picture(self, i: int) -> Explanation:
         """The explanation of picture i alone, N = 1."""
         tensors: dict[str, Any] = {name: value[i : i + 1].clone() for name, value in self.tensors().items()}
-        return replace(self, **tensors, geometry=self.geometry[i : i + 1], keys=self.keys[i : i + 1])
+        images = None if self.images is None else self.images[i : i + 1]
+        return replace(self, **tensors, geometry=self.geometry[i : i + 1], keys=self.keys[i : i + 1], images=images)
 
     @staticmethod
     def cat(parts: Sequence[Explanation]) -> Explanation:
@@ -140,6 +143,8 @@ class Explanation:
         joined: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].tensors()
         }
+        images = [part.images for part in parts if part.images is not None]
+        joined["images"] = torch.cat(images) if len(images) == len(parts) else None
         for name in ("geometry", "keys"):
             joined[name] = tuple(item for part in parts for item in getattr(part, name))
         return replace(parts[0], **joined)

@@ -305,9 +305,29 @@ class Pair(nn.Module):
         return x, x
 
 
+@pytest.mark.parametrize("inputs", [True, False])
+def test_of_a_module_that_runs_twice_the_call_is_chosen(inputs: bool) -> None:
+    net, images = small_net(), small_images()
+    net.layer1 = net.stem[2]  # one ReLU in two places
+    net.layer2.insert(0, nn.BatchNorm2d(6).double())
+    net.eval()
+    with pytest.warns(UserWarning, match="runs 2 times .*; its last call is explained: stem.2#0 to stem.2#1 choose"):
+        last = record(net, images, ["layer1"], inputs=inputs)
+    trace = record(net, images, ["layer1#0", "stem.2#1", "stem.2#-1"], inputs=inputs)
+    assert list(trace.features) == ["stem.2#0", "stem.2#1", "stem.2#-1"]
+    first = torch.relu(net.stem[:2](images)).detach()
+    assert torch.equal(trace.features["stem.2#0"], first)
+    for name in ("stem.2#1", "stem.2#-1"):
+        assert torch.equal(trace.features[name], last.features["stem.2"])
+    gradients = trace.gradients(trace.scores(1))
+    own = first.clone().requires_grad_()
+    score = net.head(net.layer2(torch.relu(own)))[:, 1].sum()
+    assert torch.allclose(gradients["stem.2#0"], torch.autograd.grad(score, own)[0], atol=1e-14)
+
+
 def test_layers_that_cannot_be_recorded_are_refused() -> None:
     net = Shared().double().eval()
-    refused("layer: relu; it runs more than once", net, layers=["relu"])
+    refused("layer: relu#2; the module runs 2 times: relu#0 to relu#1", net, layers=["relu#2"])
     refused("layer: one; it did not run", net, layers=["one"])
     refused("layer: pair; it gives a tuple", net, layers=["pair"])
     refused(r"layer: fc; it gives \(3, 4\)", layers=["fc"])

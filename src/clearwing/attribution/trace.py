@@ -6,6 +6,7 @@ All hooks of the library are here. The model is left as it was found, after exce
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,7 @@ class Trace:
     logits: Tensor  # (N, K)
     features: Mapping[str, Tensor]  # layer -> (N, C, h, w), as it left the layer
     inputs: bool  # the graph reaches down to the images
+    attention: Mapping[str, Tensor] = field(default_factory=dict)  # name -> (N, heads, T, T), where it was asked for
     told: set[str] = field(default_factory=set)  # warnings given: each is said once
     _kept: dict[tuple[int, str], tuple[Tensor, _ByLayer]] = field(default_factory=dict)
 
@@ -99,9 +101,8 @@ class Trace:
             if gradient is None:
                 raise ClearwingError("layer", name, "the scores do not depend on its output; name another layer")
             gradients[name] = gradient
-        if left and left not in self.told:
-            self.told.add(left)
-            warnings.warn(left, UserWarning, stacklevel=3)
+        if left:
+            _tell(left, self.told)
         return gradients
 
     def _logits_of(self, argument: str, classes: Tensor | int) -> Tensor:
@@ -126,15 +127,19 @@ def record(
     layers: str | nn.Module | Iterable[str | nn.Module] = (),
     inputs: bool = True,
     parameters: Mapping[str, Tensor] | None = None,
+    grid: tuple[int, int] | None = None,
+    attention: bool = False,
+    told: set[str] | None = None,
 ) -> Trace:
     """Run the model once on images (N, C, H, W) and keep the logits, the layers' outputs and the graph between them.
 
     layers: names as in `model.named_modules()` (of a Classifier without "backbone."), or the modules themselves. Each
-    must run once in a forward pass and give a 4-D tensor. What is recorded is what left the layer, even where an
-    in-place operation follows.
+    must give a 4-D tensor. What is recorded is what left the layer, even where an in-place operation follows. Of a
+    module that runs several times, "relu#0" is the first call, "relu#-1" the last; "relu" is the last, with a warning.
     inputs: False cuts the graph: everything before the first of the layers runs without autograd, and no gradient at
     the input can be asked for. Faster and smaller, for CAM methods.
     parameters: tensors to stand in for the model's own of these names during this pass.
+    told: warnings that were given already, and are not given again; grows.
 
     Works on frozen networks, under the caller's `no_grad` and `inference_mode`, and inside `autocast`. Nothing of the
     caller's changes: not `.grad`, `requires_grad`, modes, buffers, hooks, the state of the random generators, images.
@@ -144,46 +149,74 @@ def record(
     torch.Size([2, 512, 2, 2])
 
     Raises ClearwingError for a model in training mode, compiled inside, or that does not give logits (N, K); for
-    an unknown layer, one that runs more or less than once, or whose output is no 4-D tensor; for images that are not
-    floating (N, C, H, W).
+    an unknown layer, one that does not run, or whose output is no 4-D tensor; for images that are not floating
+    (N, C, H, W).
     """
     model, images = ready(model), pictures(images)
-    modules = named_layers(model, layers)
-    names = {module: name for name, module in modules.items()}
-    features, versions, owner = _ByLayer(), dict[str, int](), threading.get_ident()
+    wanted = _calls(model, layers)
+    outputs: dict[nn.Module, list[tuple[Tensor, int]]] = {module: [] for module, _ in wanted.values()}
+    names = {module: name for name, (module, _) in wanted.items()}
+    owner = threading.get_ident()
+    cut = not inputs
 
     def keep(module: nn.Module, _: Any, output: Any) -> Tensor | None:
+        nonlocal cut
         if threading.get_ident() != owner:  # another thread runs the same model
             return None
-        name = names[module]
-        if name in features:
-            raise ClearwingError("layer", name, "it runs more than once in a forward pass; name a module around it")
-        _check_output(name, output)
-        if not inputs and (not features or not output.requires_grad):
+        _check_output(names[module], output)
+        if not inputs and (cut or not output.requires_grad):
             output = output.detach().requires_grad_()
             torch.set_grad_enabled(True)  # until the block around the forward pass ends
-        features[name], versions[name] = output, output._version
+            cut = False
+        outputs[module].append((output, output._version))
         return output.clone()  # an in-place operation that follows overwrites this one
 
-    devices = [images.device] if images.is_cuda else []
-    with _hooked(modules.values(), keep), torch.random.fork_rng(devices), torch.inference_mode(False):
+    with hooked(outputs, keep), torch.inference_mode(False):
         images = (images.clone() if images.is_inference() else images.detach()).requires_grad_(inputs)
-        tensors = {**_inference_tensors(model), **(parameters or {})}
         with torch.set_grad_enabled(inputs):
-            given = images.clone()  # a model that writes on its input writes on this one
-            logits = torch.func.functional_call(model, tensors, (given,)) if tensors else model(given)
-    _check_logits(logits, len(images))
-    for name in modules.keys() - features.keys():
-        raise ClearwingError(
-            "layer", name, "it did not run in the forward pass; name a module whose call gives a tensor"
-        )
-    for name, version in versions.items():
-        if features[name]._version != version:  # the model holds on to the same memory, as nn.Identity gives its input
-            raise ClearwingError("layer", name, "its output is overwritten in place elsewhere; name another module")
-    if (modules or inputs) and not logits.requires_grad:
+            logits = run(model, images, {**_inference_tensors(model), **(parameters or {})})
+    told = set() if told is None else told
+    features = _ByLayer({name: _chosen(name, outputs[module], call, told) for name, (module, call) in wanted.items()})
+    if (wanted or inputs) and not logits.requires_grad:
         mend = "the forward pass disables gradients inside, or does not use the layer's output; name a later layer"
         raise ClearwingError("model", f"the logits of {type(model).__name__} have no graph", mend)
-    return Trace(model, images, logits, features, inputs)
+    return Trace(model, images, logits, features, inputs, told=told)
+
+
+def run(model: nn.Module, images: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    """The logits (N, K) of one forward pass that leaves the images and the state of the random generators alone."""
+    with torch.random.fork_rng([images.device] if images.is_cuda else []):
+        given = images.clone()  # a model that writes on its input writes on this one
+        logits = torch.func.functional_call(model, dict(parameters), (given,)) if parameters else model(given)
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+        what = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        mend = "clearwing.wrap(module, output=...) makes a Classifier of networks with other outputs"
+        raise ClearwingError("model", f"it gives {what}, not logits ({len(images)}, K)", mend)
+    return logits
+
+
+def _chosen(name: str, outputs: list[tuple[Tensor, int]], call: int | None, told: set[str]) -> Tensor:
+    """The output of the call that is asked for, checked against writes on it."""
+    if not outputs:
+        mend = "it did not run in the forward pass; name a module whose call gives a tensor"
+        raise ClearwingError("layer", name, mend)
+    last = len(outputs) - 1
+    if call is None and last > 0:
+        line = f"layer {name} runs {last + 1} times in a forward pass; its last call is explained: {name}#0 to "
+        _tell(f"{line}{name}#{last} choose one", told)
+    if call is not None and not -len(outputs) <= call <= last:
+        base = name.rpartition("#")[0]
+        raise ClearwingError("layer", name, f"the module runs {last + 1} times: {base}#0 to {base}#{last}")
+    output, version = outputs[last if call is None else call]
+    if output._version != version:  # the model holds on to the same memory, as nn.Identity gives its input
+        raise ClearwingError("layer", name, "its output is overwritten in place elsewhere; name another module")
+    return output
+
+
+def _tell(line: str, told: set[str]) -> None:
+    if line not in told:
+        told.add(line)
+        warnings.warn(line, UserWarning, stacklevel=4)
 
 
 def find_layer(model: nn.Module, images: Tensor | Batch, larger_than: int | None = None) -> str:
@@ -214,7 +247,7 @@ def find_layer(model: nn.Module, images: Tensor | Batch, larger_than: int | None
             sizes.setdefault(name, (output.shape[2], output.shape[3]) if spatial else None)
 
     devices = [images.device] if images.is_cuda else []
-    with _hooked(names, see), torch.random.fork_rng(devices), torch.no_grad():
+    with hooked(names, see), torch.random.fork_rng(devices), torch.no_grad():
         model(images[:1].clone())
     large = {name: s for name, s in sizes.items() if s and min(s) > smallest and s[0] * s[1] > 1}
     order = list(sizes)
@@ -299,23 +332,34 @@ def pictures(images: Tensor | Batch) -> Tensor:
 
 def named_layers(model: nn.Module, layers: str | nn.Module | Iterable[str | nn.Module]) -> dict[str, nn.Module]:
     """The modules by the names that users see, in the order asked; ClearwingError for one that is not in the model."""
+    return {name: module for name, (module, _) in _calls(model, layers).items()}
+
+
+def _calls(
+    model: nn.Module, layers: str | nn.Module | Iterable[str | nn.Module]
+) -> dict[str, tuple[nn.Module, int | None]]:
+    """The modules asked for, and which of its calls where a name says so: "relu#1" is the second."""
     if isinstance(layers, str | nn.Module):
         layers = [layers]
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     names = {module: name for name, module in reversed(modules.items())}
-    found: dict[str, nn.Module] = {}
+    found: dict[str, tuple[nn.Module, int | None]] = {}
     for layer in layers:
-        if isinstance(layer, nn.Module):
-            full = names.get(layer)
+        asked, call = layer, re.search(r"#-?\d+$", layer) if isinstance(layer, str) else None
+        if isinstance(layer, str) and call is not None:
+            asked = layer[: call.start()]
+        if isinstance(asked, nn.Module):
+            full = names.get(asked)
         else:
-            full = next((name for name in (layer, f"backbone.{layer}") if name in modules), None)
+            full = next((name for name in (asked, f"backbone.{asked}") if name in modules), None)
         if full == INPUT:
             raise ClearwingError("layer", INPUT, "the word stands for the pictures here; rename the module")
         if full is None:
             known = [_shown(model, name) for name in modules]
-            shown = layer if isinstance(layer, str) else type(layer).__name__
+            shown = asked if isinstance(asked, str) else type(asked).__name__
             raise ClearwingError("layer", shown, near(shown, known) if known else "the model has no layers")
-        found[_shown(model, names[modules[full]])] = modules[full]
+        name = _shown(model, names[modules[full]]) + (call[0] if call else "")
+        found[name] = (modules[full], int(call[0][1:]) if call else None)
     return found
 
 
@@ -332,7 +376,7 @@ def _around(name: str) -> list[str]:
 
 
 @contextmanager
-def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
     handles = []
     try:
         for module in modules:
@@ -355,10 +399,3 @@ def _check_output(name: str, output: Any) -> None:
         raise ClearwingError("layer", name, f"it gives {what}; name one that gives a 4-D tensor (N, C, h, w)")
     if output.is_inference():
         raise ClearwingError("layer", name, "it runs inside an inference_mode of the model's own; name a later one")
-
-
-def _check_logits(logits: Any, pictures: int) -> None:
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != pictures:
-        what = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        mend = "clearwing.wrap(module, output=...) makes a Classifier of networks with other outputs"
-        raise ClearwingError("model", f"it gives {what}, not logits ({pictures}, K)", mend)
