@@ -185,7 +185,7 @@ def test_many_methods_in_one_call_equal_each_alone() -> None:
         name, _, layer = key.partition("@")
         assert_same(explain(net, images, name, layer or None), found)
     keys = [[f"{name}@{layer}" for layer in LAYERS] if METHODS[name].needs_layer else [name] for name in EVERY]
-    assert list(together) == sum(keys, [])
+    assert list(together) == [key for some in keys for key in some]
 
 
 def test_top_k_equals_separate_calls() -> None:
