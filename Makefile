@@ -23,15 +23,17 @@ format: .venv/installed
 	$(BIN)/ruff format src tests examples benchmarks docs
 
 bench: .venv/installed  ## what the benchmarks need beyond the project, then those that need no data
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[bench]' --constraint constraints.txt
+	echo 'opencv-python; sys_platform == "never"' > .venv/override.txt  # grad-cam asks for it; the headless build serves
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[bench]' --constraint constraints.txt --override .venv/override.txt
 	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/explain.py
 
 # The virtual environment: uv installs the project with the versions of constraints.txt.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clearwing needs Python 3.11 or later; set PYTHON=")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable . --group dev --constraint constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[peers]' --group dev --constraint constraints.txt
 	touch $@
 
 # Tests of the pages drive Debian's Chromium. Elsewhere, or without the right to install, they skip with the reason.

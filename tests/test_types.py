@@ -1,6 +1,7 @@
 """The values: errors that say what, its value and the mend; explanations that save and join."""
 
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,12 @@ def test_explanations_join_and_come_apart():
     assert both.probabilities.sum(1).tolist() == pytest.approx([1.0] * 5)
     with pytest.raises(ClearwingError, match="at least one"):
         Explanation.cat([])
+
+
+def test_an_explanation_says_what_it_is_in_one_line():
+    assert repr(explanation(2)) == "Explanation(saliency: 2 x 1 maps of 8 x 8, 2 ok)"
+    mixed = replace(explanation(2), layer="layer3", status=torch.tensor([[0], [3]], dtype=torch.uint8))
+    assert repr(mixed) == "Explanation(saliency at layer3: 2 x 1 maps of 8 x 8, 1 ok, 1 nonfinite)"
 
 
 def test_a_batch_moves_with_its_labels():

@@ -27,6 +27,8 @@ _WHERE = {
     "build": "clearwing.models.zoo",
     "load_model": "clearwing.models.zoo",
     "fit": "clearwing.train.fit",
+    "Diagnosis": "clearwing.attribution.doctor",
+    "examine": "clearwing.attribution.doctor",
     "METHODS": "clearwing.attribution.methods",
     "explain": "clearwing.attribution.methods",
     "Trace": "clearwing.attribution.trace",
@@ -39,9 +41,11 @@ _WHERE = {
     "dice": "clearwing.measure.overlap",
     "iou": "clearwing.measure.overlap",
     "Run": "clearwing.run",
+    "draw_explanation": "clearwing.show.sheet",
 }
 
 if TYPE_CHECKING:
+    from clearwing.attribution.doctor import Diagnosis, examine
     from clearwing.attribution.methods import METHODS, explain
     from clearwing.attribution.trace import Trace, find_layer, record
     from clearwing.data.augment import Augment
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from clearwing.models.resnet import ResNet, ResNet6n2, summary
     from clearwing.models.zoo import adopt, build, load_model
     from clearwing.run import Run
+    from clearwing.show.sheet import draw_explanation
     from clearwing.train.fit import fit
 
 __all__ = [
@@ -63,6 +68,7 @@ __all__ = [
     "Batch",
     "Classifier",
     "ClearwingError",
+    "Diagnosis",
     "Explanation",
     "Geometry",
     "Pictures",
@@ -75,6 +81,8 @@ __all__ = [
     "bootstrap_interval",
     "build",
     "dice",
+    "draw_explanation",
+    "examine",
     "explain",
     "find_layer",
     "fit",

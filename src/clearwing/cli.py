@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
     "explain": (configs.ExplainConfig, "clearwing.jobs.explain:explain"),
     "segment": (configs.SegmentConfig, "clearwing.jobs.segment:segment"),
     "report": (configs.ReportConfig, "clearwing.jobs.report:report"),
+    "doctor": (configs.DoctorConfig, "clearwing.jobs.doctor:doctor"),
     "demo": (configs.DemoConfig, "clearwing.jobs.demo:demo"),
 }
 _ABOUT = "Train an image classifier, see where it looks and why it errs, and get masks that nobody had to draw."

@@ -27,7 +27,37 @@ MODELS = (
     "resnet18",
     "resnet34",
 )
-METHODS = ("saliency", "grad-cam", "layer-cam", "guided-backprop", "guided-grad-cam")
+METHODS = (
+    "saliency",
+    "grad-cam",
+    "cam",
+    "grad-cam++",
+    "xgrad-cam",
+    "hires-cam",
+    "layer-cam",
+    "element-wise",
+    "eigen-cam",
+    "eigengrad-cam",
+    "fullgrad",
+    "guided-backprop",
+    "guided-grad-cam",
+    "deconvnet",
+    "input-x-gradient",
+    "smoothgrad",
+    "vargrad",
+    "integrated-gradients",
+    "expected-gradients",
+    "smooth-grad-cam++",
+    "lrp-epsilon",
+    "lrp-gamma",
+    "lrp-zplus",
+    "score-cam",
+    "ablation-cam",
+    "rise",
+    "occlusion",
+    "attention-rollout",
+    "gradient-attention",
+)
 RECIPES = ("default", "classic")
 
 Fit = Literal["squash", "crop", "pad"]
@@ -198,15 +228,23 @@ class ExplainConfig(Common):
     out: str
     """Folder to write."""
     methods: str = "grad-cam"
-    """Comma-separated: saliency, grad-cam, layer-cam, guided-backprop, guided-grad-cam."""
+    """Comma-separated, such as saliency,grad-cam,guided-grad-cam; a wrong name lists those there are."""
     layers: str | None = None
-    """Comma-separated layer names. Default: the last one with spatial extent."""
+    """Comma-separated layer names; relu#1 is the second call of a module. Default: the last one with spatial extent."""
     larger_than: int | None = None
     """Default layer: the deepest whose map is larger than N x N."""
     target: str = "pred"
     """pred, a class name or index, top-3, or A,B for class A against B."""
+    fuse: Literal["max", "mean", "product"] | None = None
+    """Join the layers' maps of each method to one."""
+    average: str | None = None
+    """Average the raw maps over views: flip and scales, such as flip,0.75,1.25."""
+    options: str | None = None
+    """Settings of the methods' own, such as steps=64,samples=50."""
     edges: bool = False
     """Also draw the picture's edges (Canny) over each attribution."""
+    maps_only: bool = False
+    """Write the raw maps alone, a file for each method and batch: for large sets."""
     size: int | None = None
     """Side of the network's input, where the model does not know it."""
     fit: Fit | None = None
@@ -278,6 +316,23 @@ class ReportConfig(Source):
     """Pictures a gallery."""
     larger_than: int | None = None
     """Grad-CAM's layer: the deepest whose map is larger than N x N. Default: the last one with spatial extent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig(Common):
+    """Say what in a network can fool an explanation, and try on it what explanations must fulfil.
+
+    Example: clearwing doctor torchvision:resnet18 cat.jpg dog.jpg
+    """
+
+    model: Positional[str]
+    """A RUN, torchvision:NAME, timm:NAME, a weights file, or file.py:factory."""
+    pictures: Positional[tuple[str, ...]] = ()
+    """Files or folders. Default: drawn insects. Four of them are used, or --limit."""
+    size: int | None = None
+    """Side of the network's input, where the model does not know it."""
+    fit: Fit | None = None
+    """How a picture meets the size. Default: as the model was trained, else squash."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,8 +159,9 @@ def read_json(path: Path) -> Any:
         raise ClearwingError("run", path, f"cannot be read ({error})") from error
 
 
-def make_folder(path: Path, argument: str) -> Path:
+def make_folder(path: str | Path, argument: str = "--out") -> Path:
     """The folder, made where it is missing; ClearwingError where it cannot be."""
+    path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -170,9 +171,14 @@ def make_folder(path: Path, argument: str) -> Path:
 
 def free_folder(path: str | Path, overwrite: bool, argument: str = "--out") -> Path:
     """A folder to write results into: refused when it holds anything, unless `overwrite`."""
+    check_free(path, overwrite, argument)
+    return make_folder(path, argument)
+
+
+def check_free(path: str | Path, overwrite: bool, argument: str = "--out") -> None:
+    """Raise ClearwingError for a folder of results that holds something, unless `overwrite`, and for a file."""
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ClearwingError(argument, path, "a file is in the way; give another name")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ClearwingError(argument, path, "exists and is not empty; use --overwrite or another folder")
-    return make_folder(path, argument)

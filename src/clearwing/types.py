@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -101,12 +101,31 @@ class Explanation:
     geometry: tuple[Geometry, ...] = ()
     keys: tuple[str, ...] = ()
     channels: Tensor | None = None  # (N, M, C, H, W), the signed input gradient of the input methods
-    class_names: tuple[str, ...] = field(default=(), repr=False)
+    class_names: tuple[str, ...] = ()
     peak: Tensor | None = None  # (N, M), the largest raw value, of joined layers before they were scaled
-    images: Tensor | None = field(default=None, repr=False)  # (N, C, H, W), as they were given: for drawing, not saved
+    images: Tensor | None = None  # (N, C, H, W), as they were given: for drawing, not saved
 
     def __len__(self) -> int:
         return int(self.maps.shape[0])
+
+    def __repr__(self) -> str:
+        n, m, h, w = self.maps.shape
+        codes = self.status.flatten().tolist()
+        counts = ", ".join(f"{codes.count(code)} {code.name.lower()}" for code in Status if code in codes)
+        where = f"{self.method} at {self.layer}" if self.layer else self.method
+        return f"Explanation({where}: {n} x {m} maps of {h} x {w}, {counts})"
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows, see `clearwing.draw_explanation`."""
+        from io import BytesIO
+
+        from PIL import Image
+
+        import clearwing
+
+        file = BytesIO()
+        Image.fromarray(clearwing.draw_explanation(self)).save(file, "PNG")
+        return file.getvalue()
 
     @property
     def probabilities(self) -> Tensor:
@@ -233,5 +252,5 @@ def near(word: str, words: Sequence[str], most: int = 3) -> str:
     close = get_close_matches(word, words, n=most, cutoff=0.5)
     if close:
         return f"did you mean {', '.join(close)}?"
-    shown = ", ".join(list(words)[:20])
+    shown = ", ".join(list(words)[:40])
     return f"choose one of {shown}{' ...' if len(words) > 20 else ''}"

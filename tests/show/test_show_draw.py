@@ -119,6 +119,7 @@ def test_montage_has_the_size_of_its_grid():
     assert captioned.shape[0] > plain.shape[0]
     assert captioned.shape[1] == plain.shape[1]
     assert draw.montage(tiles[:1], columns=4, size=100).shape == (116, 116, 3)
+    assert draw.montage(tiles, columns=3, size=(50, 100)).shape == (8 + 2 * 58, 8 + 3 * 108, 3)
     assert draw.montage(np.stack(tiles)).dtype == np.uint8
     assert (captioned[-20:] < 128).any()  # the caption is inked
 

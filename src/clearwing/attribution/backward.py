@@ -1,20 +1,18 @@
 """ReLU rules: the backward pass of any network with the plain, the guided or the deconvnet rule at its ReLUs.
 
-The model is not changed. `nn.ReLU`, `F.relu`, `torch.relu` and their in-place forms all end in the one operator
-`aten.threshold_backward` with threshold 0, and a dispatch mode around `torch.autograd.grad` replaces that operator. So
-the spelling does not matter, nor does a module that is used twice, and a rule that found no ReLU is known and refused.
+The model is not changed. `nn.ReLU`, `F.relu`, `torch.relu` and their in-place forms all leave the same node in the
+graph of a recorded pass, and a hook on these nodes applies the rule while `torch.autograd.grad` runs. So the spelling
+does not matter, nor does a module that is used twice, and a rule that found no ReLU is known and refused.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clearwing.types import ClearwingError, near
 
@@ -32,26 +30,6 @@ _OTHERS = frozenset((
 _COMPILED = ("CompiledFunction", "DifferentiableGraph")  # torch.compile and torch.jit: ReLUs fused out of sight
 
 
-class _ReluRule(TorchDispatchMode):
-    """Replace the backward of every ReLU, and count them.
-
-    R is the gradient that arrives at the ReLU's output. The gradient itself passes R where the activation is positive;
-    guided, Springenberg et al. 2015 section 3.4: passes max(R, 0) there; deconvnet, Zeiler and Fergus 2014 section 2.1:
-    passes max(R, 0) everywhere.
-    """
-
-    def __init__(self, rule: str) -> None:
-        super().__init__()
-        self.rule, self.met = rule, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.threshold_backward.default or args[2] != 0:
-            return func(*args, **(kwargs or {}))
-        self.met += 1
-        R, activation = args[0].clamp(min=0), args[1]
-        return R if self.rule == "deconvnet" else func(R, activation, 0)
-
-
 def differentiate(
     scores: Tensor, sources: Sequence[Tensor], relu_rule: str = "plain"
 ) -> tuple[tuple[Tensor | None, ...], str]:
@@ -67,22 +45,46 @@ def differentiate(
     total = scores.sum()
     if relu_rule == "plain":
         return torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True), ""
-    others = Counter(name for node in _between(total, sources) if (name := _unruled(node)))
+    path = _between(total, sources)
+    relus = [node for node in path if _is_relu(node)]
+    others = Counter(name for node in path if (name := _unruled(node)))
     counted = ", ".join(f"{name} x {count}" for name, count in sorted(others.items()))
     if any(name.startswith(_COMPILED) for name in others):
         mend = "its ReLUs are out of sight of the rule; explain the network as it is before compiling"
         raise ClearwingError("model", f"compiled functions ({counted})", mend)
-    with _ReluRule(relu_rule) as mode:
-        found = torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True)
-    if mode.met == 0:
+    if not relus:
         met = f"no ReLU between the scores and what is explained{f', but {counted}' if counted else ''}"
         raise ClearwingError("model", met, f"the {relu_rule} rule would be the plain gradient; ask for saliency")
-    left = f"the {relu_rule} rule changed {mode.met} ReLUs; other non-linearities keep their gradient: {counted}"
+    handles = [node.register_hook(_RULES[relu_rule]) for node in relus]
+    try:
+        found = torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    left = f"the {relu_rule} rule changed {len(relus)} ReLUs; other non-linearities keep their gradient: {counted}"
     return found, left if counted else ""
 
 
+def _guided(passed: tuple[Tensor, ...], R: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Springenberg et al. 2015 section 3.4: max(R, 0) passes where the activation is positive."""
+    return (passed[0].clamp(min=0),)  # the plain rule let R pass there, and zero elsewhere
+
+
+def _deconvnet(passed: tuple[Tensor, ...], R: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Zeiler and Fergus 2014 section 2.1: max(R, 0) passes everywhere."""
+    return (R[0].clamp(min=0),)
+
+
+_RULES = {"guided": _guided, "deconvnet": _deconvnet}
+
+
+def _is_relu(node: Node) -> bool:
+    name = _name(node)
+    return name == "Relu" or (name == "Threshold" and getattr(node, "_saved_threshold", 0) == 0)
+
+
 def _between(scores: Tensor, sources: Sequence[Tensor]) -> set[Node]:
-    """The nodes of the graph on a path from the scores to a source."""
+    """The nodes of the graph that a gradient passes from the scores to a source; not the one that made the source."""
     users: dict[Node, list[Node]] = {get_gradient_edge(scores).node: []}
     waiting = list(users)
     while waiting:
@@ -94,7 +96,8 @@ def _between(scores: Tensor, sources: Sequence[Tensor]) -> set[Node]:
                     waiting.append(node)
                 users[node].append(user)
     path: set[Node] = set()
-    waiting = [node for source in sources if (node := get_gradient_edge(source).node) in users]
+    ends = [node for source in sources if (node := get_gradient_edge(source).node) in users]
+    waiting = [user for node in ends for user in users[node]]
     while waiting:
         node = waiting.pop()
         if node not in path:
@@ -105,7 +108,12 @@ def _between(scores: Tensor, sources: Sequence[Tensor]) -> set[Node]:
 
 def _unruled(node: Node) -> str:
     """The name of a non-linearity that the rules leave as it is; "" for every other node."""
-    name = node.name().rsplit("::", 1)[-1].rstrip("0123456789").removesuffix("Backward")
+    name = _name(node)
     own = isinstance(node, torch.autograd.function.BackwardCFunction)  # a custom autograd.Function: opaque
-    shifted = name == "Threshold" and getattr(node, "_saved_threshold", 0) != 0
+    shifted = name == "Threshold" and not _is_relu(node)
     return name if own or shifted or name in _OTHERS or name.startswith(_COMPILED) else ""
+
+
+def _name(node: Node) -> str:
+    """What a node differentiates: "Relu" of "torch::autograd::ReluBackward0"."""
+    return node.name().rsplit("::", 1)[-1].rstrip("0123456789").removesuffix("Backward")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from clearwing.attribution.network import wide
 from clearwing.attribution.trace import Trace
 
 
@@ -19,6 +20,16 @@ def saliency(trace: Trace, scores: Tensor) -> Tensor:
 def guided_backprop(trace: Trace, scores: Tensor) -> Tensor:
     """The gradient with the guided ReLU rule, Springenberg et al. 2015 section 3.4."""
     return trace.gradients(scores, "guided", of=("input",))["input"]
+
+
+def deconvnet(trace: Trace, scores: Tensor) -> Tensor:
+    """The gradient with the deconvnet ReLU rule, Zeiler and Fergus 2014 section 2.1."""
+    return trace.gradients(scores, "deconvnet", of=("input",))["input"]
+
+
+def input_x_gradient(trace: Trace, scores: Tensor) -> Tensor:
+    """Every value of the picture times its gradient, Shrikumar et al. 2016: a share of the score for each."""
+    return wide(trace.images) * wide(saliency(trace, scores))
 
 
 def guided_grad_cam(trace: Trace, scores: Tensor, cam: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,14 +37,14 @@ def in_chunks(
     n = len(images)
     budget = memory or _budget(images.device)
     # Before anything is known: 64 times a picture's own bytes, which a first layer of 64 channels at full size takes.
-    size = chunk or max(1, min(n, FIRST, int(budget / (64 * images[0].numel() * images.element_size()))))
+    size = chunk or max(1, min(FIRST, int(budget / (64 * images[0].numel() * images.element_size()))))
     start = 0
     while start < n:
         part = slice(start, min(start + size, n))
         if chunk is None and start == 0 and part.stop < n:
             sizes = _Sizes()
             leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-            with hooked(leaves, sizes.see):
+            with hooked(leaves, sizes.see), hooked([model], sizes.end):
                 work(part, size)
             size = max(1, int(budget * part.stop / (2 * sizes.kept + 4 * sizes.largest + 1)))
         else:
@@ -52,22 +53,27 @@ def in_chunks(
 
 
 class _Sizes:
-    """Bytes of what the modules put out in this thread: all that had a graph, and the largest."""
+    """Bytes of what the modules put out in this thread: all that had a graph in one pass, and the largest."""
 
     def __init__(self) -> None:
-        self.kept, self.largest, self.owner = 0, 0, threading.get_ident()
+        self.kept, self.largest, self.of_this_pass, self.owner = 0, 0, 0, threading.get_ident()
 
     def see(self, module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and threading.get_ident() == self.owner:
             size = output.numel() * output.element_size()
-            self.kept += size if output.requires_grad else 0
+            self.of_this_pass += size if output.requires_grad else 0
             self.largest = max(self.largest, size)
+
+    def end(self, *_: Any) -> None:  # of the pass: a method that makes many holds the graph of one at a time
+        if threading.get_ident() == self.owner:
+            self.kept, self.of_this_pass = max(self.kept, self.of_this_pass), 0
 
 
 def _check(chunk: int | None, memory: float | None) -> None:
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ClearwingError("chunk", chunk, "give how many pictures to run at a time, at least 1")
-    if memory is not None and (isinstance(memory, bool) or not isfinite(memory) or memory <= 0):
+    number = isinstance(memory, Real) and not isinstance(memory, bool)
+    if memory is not None and not (number and isfinite(memory) and memory > 0):
         raise ClearwingError("memory", memory, "give the bytes that a pass may take, such as 2e9")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from clearwing.attribution import cams, gradients
+from clearwing.attribution import attention, cams, fullgrad, gradients, perturb, relevance, sampled
 from clearwing.attribution.memory import in_chunks
 from clearwing.attribution.network import Network, check_precision, exact, float32_parameters, like_the_model
 from clearwing.attribution.targets import Target, read_target
@@ -24,10 +24,52 @@ METHODS: dict[str, Method] = {
     "saliency": Method("input", gradients.saliency, "Simonyan et al. 2014"),
     "guided-backprop": Method("input", gradients.guided_backprop, "Springenberg et al. 2015", relu_rule="guided"),
     "grad-cam": Method("cam", cams.grad_cam, "Selvaraju et al. 2017", needs_layer=True),
+    "cam": Method("layer", cams.cam, "Zhou et al. 2016", needs_layer=True),
+    "grad-cam++": Method("cam", cams.grad_cam_plus_plus, "Chattopadhay et al. 2018", needs_layer=True),
+    "xgrad-cam": Method("cam", cams.xgrad_cam, "Fu et al. 2020", needs_layer=True),
+    "hires-cam": Method("cam", cams.hires_cam, "Draelos and Carin 2020", needs_layer=True),
     "layer-cam": Method("cam", cams.layer_cam, "Jiang et al. 2021", needs_layer=True),
+    "element-wise": Method("cam", cams.element_wise, "Gildenblat 2021", needs_layer=True),
+    "eigen-cam": Method("layer", cams.eigen_cam, "Muhammad and Yeasin 2020", needs_layer=True),
+    "eigengrad-cam": Method("cam", cams.eigengrad_cam, "Gildenblat 2021", needs_layer=True),
+    "fullgrad": Method("input", fullgrad.fullgrad, "Srinivas and Fleuret 2019", records=fullgrad.biased),
     "guided-grad-cam": Method(
         "input", gradients.guided_grad_cam, "Selvaraju et al. 2017", needs_layer=True, relu_rule="guided"
     ),
+    "deconvnet": Method("input", gradients.deconvnet, "Zeiler and Fergus 2014", relu_rule="deconvnet"),
+    "input-x-gradient": Method("input", gradients.input_x_gradient, "Shrikumar et al. 2016", reduce="sum"),
+    "smoothgrad": Method("passes", sampled.smoothgrad, "Smilkov et al. 2017", options=("samples", "noise")),
+    "vargrad": Method("passes", sampled.vargrad, "Adebayo et al. 2018", options=("samples", "noise")),
+    "integrated-gradients": Method(
+        "passes",
+        sampled.integrated_gradients,
+        "Sundararajan et al. 2017",
+        options=("steps", "baseline"),
+        reduce="sum",
+    ),
+    "expected-gradients": Method(
+        "passes", sampled.expected_gradients, "Erion et al. 2021", options=("samples", "references"), reduce="sum"
+    ),
+    "smooth-grad-cam++": Method(
+        "passes",
+        sampled.smooth_grad_cam_plus_plus,
+        "Omeiza et al. 2019",
+        needs_layer=True,
+        options=("samples", "noise"),
+    ),
+    "lrp-epsilon": Method("passes", relevance.lrp_epsilon, "Bach et al. 2015", options=("epsilon",), reduce="sum"),
+    "lrp-gamma": Method(
+        "passes", relevance.lrp_gamma, "Montavon et al. 2019", options=("gamma", "epsilon"), reduce="sum"
+    ),
+    "lrp-zplus": Method("passes", relevance.lrp_zplus, "Bach et al. 2015", options=("epsilon",), reduce="sum"),
+    "score-cam": Method("passes", perturb.score_cam, "Wang et al. 2020", needs_layer=True, options=("budget",)),
+    "ablation-cam": Method(
+        "passes", perturb.ablation_cam, "Desai and Ramaswamy 2020", needs_layer=True, options=("budget",)
+    ),
+    "rise": Method("passes", perturb.rise, "Petsiuk et al. 2018", options=("masks", "cells", "probability")),
+    "occlusion": Method("passes", perturb.occlusion, "Zeiler and Fergus 2014", options=("window", "stride", "value")),
+    "attention-rollout": Method("input", attention.attention_rollout, "Abnar and Zuidema 2020", attention=True),
+    "gradient-attention": Method("input", attention.gradient_attention, "Chefer et al. 2021", attention=True),
 }
 
 
@@ -55,7 +97,7 @@ def explain(
     model: any network in evaluation mode that maps (N, C, H, W) to logits (N, K).
     images: (N, C, H, W) floating, or a Batch, whose labels, keys and geometry go along.
     methods: names of METHODS. Input methods give one map whatever the layers; "guided-grad-cam" gives one a layer.
-    layers: names or modules; None is `find_layer(model, images, larger_than)`. "relu#1" is the second call of a
+    layers: names or modules; None is `find_layer(model, images, larger_than, grid)`. "relu#1" is the second call of a
         module that runs several times in a forward pass.
     target: "pred"; "label"; "top-3"; a class number or name; a tensor (N,) with a class for each picture, or (N, M);
         a pair ("cat", "dog") for the evidence for the first against the second (names or numbers); or a function of
@@ -101,7 +143,7 @@ def explain(
     images = like_the_model(model, pictures(batch.images), precision)
     class_names = tuple(getattr(model, "class_names", ()))
     asked = read_target(target, labels, class_names, images)
-    jobs = _jobs(model, images, names, layers, larger_than, fuse, relu)
+    jobs = _jobs(model, like_the_model(model, batch.images[:1]), names, layers, larger_than, grid, fuse, relu)
     network = Network(model, precision, float32_parameters(model) if precision else {}, grid=grid)
     task = Task(network, jobs, relu, seed, options or {}, views(average))
     parts: list[list[Explanation]] = [[] for _ in jobs]
@@ -146,6 +188,7 @@ def _jobs(
     methods: Sequence[str],
     layers: Layer | Sequence[Layer] | None,
     larger_than: int | None,
+    grid: tuple[int, int] | None,
     fuse: str | None,
     relu: bool,
 ) -> list[Job]:
@@ -162,7 +205,7 @@ def _jobs(
     if layers is not None:
         chosen = tuple(named_layers(model, layers))
     else:
-        chosen = (find_layer(model, images, larger_than),) if need else ()
+        chosen = (find_layer(model, images, larger_than, grid),) if need else ()
     if need and not chosen:
         raise ClearwingError("layers", "[]", "name at least one layer, or leave it out for the default")
     if fuse is not None and need and len(chosen) < 2:

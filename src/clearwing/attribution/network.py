@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clearwing.attribution.trace import Trace, record, run
+from clearwing.attribution.fold import layout_of, refused
+from clearwing.attribution.trace import Trace, hooked, record, run
 from clearwing.types import ClearwingError, near
 
 PRECISIONS = ("float32", "bfloat16")
@@ -40,6 +42,29 @@ class Network:
         with torch.no_grad(), self._autocast(images):
             return torch.cat([wide(run(self.model, part, self.parameters)) for part in images.split(self.batch)])
 
+    def logits_from(
+        self, images: Tensor, place: tuple[nn.Module, int], change: Callable[[Tensor], Tensor], answers: int
+    ) -> Tensor:
+        """The logits (B, K) of one pass in which `change` makes (B, C, h, w) of what left a layer, (N, C, h, w).
+
+        place: the layer's module and which of its calls, as `Trace.places` has them. answers: B, which is N, or N is 1.
+        In the latter case what follows the layer runs on B pictures, and it is for the caller to see that the network
+        treats each alone, and broadcasts what it still holds of the one.
+        """
+        module, call = place
+        owner, calls = threading.get_ident(), count()
+
+        def swap(_: nn.Module, __: Any, output: Any) -> Tensor | None:
+            if threading.get_ident() != owner or next(calls) != call:
+                return None
+            layout = layout_of(output, images, self.grid)
+            if layout is None:
+                raise refused(type(module).__name__, output, images)
+            return layout.unfold(change(layout.fold(output)), output.expand(answers, *output.shape[1:]))
+
+        with hooked([module], swap), torch.no_grad(), self._autocast(images):
+            return wide(run(self.model, images, self.parameters, answers))
+
     def groups(self, variants: int, pictures: int) -> Iterator[slice]:
         """Slices over `variants` of each of so many pictures, such that a slice of all pictures is one batch.
 
@@ -67,14 +92,9 @@ def check_precision(precision: str | None) -> None:
 
 
 def like_the_model(model: nn.Module, images: Tensor, precision: str | None = None) -> Tensor:
-    """The images on the device of the model's first parameter and in its floating type, or float32 for a precision.
-
-    Channels last, the layout in which convolutions are fastest, and which they hand on; it changes no value's meaning.
-    """
+    """The images on the device of the model's first parameter and in its floating type, or float32 for a precision."""
     own = next((p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()), images)
-    dtype = torch.float32 if precision else own.dtype
-    layout = torch.contiguous_format if dtype == torch.float64 else torch.channels_last
-    return images.detach().to(own.device, dtype).contiguous(memory_format=layout)
+    return images.detach().to(own.device, torch.float32 if precision else own.dtype)
 
 
 def float32_parameters(model: nn.Module) -> dict[str, Tensor]:

@@ -85,7 +85,11 @@ def read_target(target: Target, labels: Any, class_names: tuple[str, ...], image
         if target == "label":
             if labels is None:
                 raise ClearwingError("target", "label", "give labels=, or a Batch that has them")
-            return Asked(_class_tensor("labels", torch.as_tensor(labels, device=device), n, (1,)), argument="labels")
+            try:
+                numbers = torch.as_tensor(labels, device=device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ClearwingError("labels", labels, f"give class numbers, one for each picture: ({n},)") from error
+            return Asked(_class_tensor("labels", numbers, n, (1,)), argument="labels")
         if top := re.fullmatch(r"top-([1-9]\d*)", target):
             return Asked(top=int(top[1]))
         return Asked(same(target))

@@ -107,13 +107,13 @@ class Task:
         work = len(self.jobs) * len(questions)
         for job in self.jobs:
             for m, question in enumerate(questions):
-                done = number + len(raws) / work
+                done = number * work + len(raws)
 
-                def told(share: float, done: float = done) -> None:
-                    tell((done + share / work) / len(self.views))
+                def told(share: float, done: int = done) -> None:
+                    tell((done + share) / (work * len(self.views)))
 
                 if trace is None or job.row.kind == "passes":
-                    raw = self._from_passes(replace(self.network, tell=told), job, seen, question)
+                    raw = self._from_passes(told, job, seen, question)
                 else:
                     raw = self._from_trace(trace, scores[m], job)
                 raws.append(raw.back(view, *size))
@@ -168,16 +168,21 @@ class Task:
             cam.append(joined(self._cams(trace, scores, job.layers, cams.grad_cam).clamp(min=0), job.fuse))
         return _from_input(rule(trace, scores, *cam), row, size)
 
-    def _from_passes(self, network: Network, job: Job, images: Tensor, question: Question) -> _Raw:
+    def _from_passes(self, tell: Callable[[float], None], job: Job, images: Tensor, question: Question) -> _Raw:
         """What a method finds out by running the network itself."""
         row, rule, size = job.row, self._rule(job), images.shape[2:]
 
-        def ask(*layer: str) -> Tensor:  # the generator anew, so that no picture, class or method moves another's noise
-            return rule(network, images, question, torch.Generator().manual_seed(self.seed), *layer)
+        def ask(number: int, *layer: str) -> Tensor:
+            def told(share: float) -> None:
+                tell((number + share) / max(1, len(job.layers)))
+
+            # the generator anew, so that no picture, class or method moves another's noise
+            generator = torch.Generator().manual_seed(self.seed)
+            return rule(replace(self.network, tell=told), images, question, generator, *layer)
 
         if row.needs_layer:
-            return _Raw(self._fine([ask(layer) for layer in job.layers], size))
-        return _from_input(ask(), row, size)
+            return _Raw(self._fine([ask(number, layer) for number, layer in enumerate(job.layers)], size))
+        return _from_input(ask(0), row, size)
 
     def _cams(self, trace: Trace, scores: Tensor, layers: Sequence[str], rule: Callable[..., Tensor]) -> Tensor:
         G = trace.gradients(scores, of=layers)
@@ -258,5 +263,5 @@ def status(maps: Tensor) -> Tensor:
     found = torch.full(low.shape, Status.OK, dtype=torch.uint8, device=maps.device)
     found[high - low <= 8 * torch.finfo(maps.dtype).eps * scale] = Status.CONSTANT
     found[scale == 0] = Status.ZERO
-    found[~maps.isfinite().all(3).all(2)] = Status.NONFINITE
+    found[~(low.isfinite() & high.isfinite())] = Status.NONFINITE  # NaN passes through both
     return found

@@ -9,6 +9,7 @@ from math import isfinite
 import torch.nn.functional as F
 from torch import Tensor
 
+from clearwing.attribution.network import wide
 from clearwing.types import ClearwingError
 
 
@@ -23,7 +24,8 @@ class View:
         """Images (N, C, H, W) as this view shows them, (N, C, round(scale H), round(scale W))."""
         if self.scale != 1:
             H, W = (max(1, round(side * self.scale)) for side in images.shape[2:])
-            images = F.interpolate(images, (H, W), mode="bilinear", antialias=True)
+            fine = F.interpolate(wide(images), (H, W), mode="bilinear", antialias=True)  # has no kernel for bfloat16
+            images = fine.to(images.dtype)
         return images.flip(-1) if self.flip else images
 
     def back(self, maps: Tensor, height: int, width: int) -> Tensor:

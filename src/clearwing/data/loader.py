@@ -164,6 +164,7 @@ def load_pictures(
     cache_dir: str | Path | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    empty: bool = False,
 ) -> Pictures:
     """Decode the samples once to uint8 pictures of one size (a side or (H, W)), with threads.
 
@@ -171,7 +172,8 @@ def load_pictures(
     a nameless file in `cache_dir` (by default the cache folder of Clearwing), gone with the process. `progress` is
     called with the number done and the total. A picture that cannot be read is passed over and listed in `skipped`.
 
-    Raises ClearwingError where there is no sample, where none can be read, or where the disk is too small.
+    Raises ClearwingError where there is no sample, where none can be read (unless `empty`, for one part of many), or
+    where the disk is too small.
     """
     if not samples:
         raise ClearwingError("samples", "[]", "there is no picture to load")
@@ -206,7 +208,7 @@ def load_pictures(
                     progress(done, len(samples))
         finally:  # Ctrl-C must not wait for the pictures that are still to come
             pool.shutdown(cancel_futures=True)
-    if len(skipped) == len(samples):
+    if len(skipped) == len(samples) and not empty:
         raise ClearwingError("pictures", samples[0].key, f"none of {len(samples)} can be read: {skipped[0]}")
     kept = [i for i in range(len(samples)) if i not in skipped]
     for place, i in enumerate(kept[min(skipped) :] if skipped else (), start=min(skipped, default=0)):

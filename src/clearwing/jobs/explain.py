@@ -3,59 +3,56 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from clearwing.attribution.methods import METHODS
 from clearwing.attribution.methods import explain as explain_batch
-from clearwing.attribution.trace import find_layer
 from clearwing.config import ExplainConfig, comma_list
 from clearwing.data.loader import Pictures
 from clearwing.data.preprocess import read_picture, restore
 from clearwing.jobs import inputs
 from clearwing.jobs.evaluate import name_of
 from clearwing.jobs.progress import Progress
-from clearwing.run import free_folder, plain, write_json
+from clearwing.run import check_free, make_folder, plain, write_json
 from clearwing.show import draw
 from clearwing.types import ClearwingError, Explanation, Status
 
 
 def explain(config: ExplainConfig) -> dict[str, Any]:
-    """Explain pictures; returns what the command prints."""
-    methods = comma_list(config.methods)
-    layers = comma_list(config.layers) or None
-    if layers and config.larger_than is not None:
+    """Explain pictures, a block of them at a time; returns what the command prints."""
+    if config.layers and config.larger_than is not None:
         raise ClearwingError("--larger-than", config.larger_than, "chooses a layer where --layers names none; give one")
     loaded = inputs.open_model(config.model, size=config.size, fit=config.fit, classes=config.classes)
-    target = read_target(config.target, loaded.model.class_names)
+    settings = read_settings(config, loaded.model.class_names)
     device = inputs.pick_device(config.device)
-    precision = None if config.precision == "model" else config.precision
+    model = loaded.model.to(device)
+    rows: list[dict[str, Any]] = []
+    skipped: list[list[str]] = []
+    out = Path(config.out)
     with Progress(config.json) as progress:
-        samples = inputs.open_pictures(config.pictures, progress, config.out)
-        pictures = inputs.load_for(loaded, samples, config.limit, progress)
-        stems = inputs.result_paths(pictures.keys, "")
+        samples = inputs.limited(inputs.open_pictures(config.pictures, progress, config.out), config.limit)
+        stems = inputs.result_paths([sample.key for sample in samples], "")
         inputs.keep_sources(config.out, stems.values(), samples, grown=True)
-        out = free_folder(config.out, config.overwrite)
-        skipped = inputs.told_skipped(pictures, progress)
-        model = loaded.model.to(device)
-        if layers is None and any(METHODS[name].needs_layer for name in methods if name in METHODS):
-            one = next(iter(pictures.subset(1).batches(1, device=device)))
-            layers = [find_layer(model, one, config.larger_than)]  # once, not with every batch
-        rows: list[dict[str, Any]] = []
+        check_free(out, config.overwrite)
         told = progress.task("explaining")
-        for batch in pictures.batches(config.batch_size, device=device):
-            found: dict[str, Explanation] = explain_batch(
-                model,
-                batch,
-                methods,
-                layers=layers,
-                target=target,
-                precision=precision,
-                seed=config.seed,
-            )
-            part = pictures.subset(range(len(rows), len(rows) + len(batch)))
-            rows += write_batch(out, stems, part, {key: item.to("cpu") for key, item in found.items()}, config.edges)
-            told(len(rows), len(pictures))
+        for pictures in inputs.load_blocks(loaded, samples):
+            skipped += inputs.told_skipped(pictures, progress)
+            left = len(samples) - len(skipped)
+            for start in range(0, len(pictures), config.batch_size):
+                part = pictures.subset(range(start, min(start + config.batch_size, len(pictures))))
+                batch = next(part.batches(len(part), device=device))
+
+                def tell(done: float, _: float, before: int = len(rows), left: int = left) -> None:
+                    told(before + done, left)
+
+                found: dict[str, Explanation] = explain_batch(model, batch, **settings, progress=tell)
+                make_folder(out)
+                moved = {key: replace(item.to("cpu"), images=None) for key, item in found.items()}
+                if config.maps_only:
+                    rows += write_maps(out, len(rows), moved)
+                else:
+                    rows += write_batch(out, stems, part, moved, config.edges)
     empty = sum(status != "ok" for row in rows for status in row["status"].values())
     result = {
         "model": loaded.name,
@@ -71,6 +68,63 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
     if empty:
         text += f"\n{empty} maps hold no evidence (zero, constant or not finite) and are drawn blank"
     return {"json": plain(result), "text": text}
+
+
+def read_settings(config: ExplainConfig, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """What the command was told, as the arguments of `clearwing.explain`."""
+    options = {}
+    for item in comma_list(config.options):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ClearwingError("--options", item, "give name=number, as in steps=64,samples=50")
+        options[name.strip()] = _number(value.strip())
+    average = [item if item == "flip" else _number(item) for item in comma_list(config.average)]
+    return {
+        "methods": comma_list(config.methods),
+        "layers": comma_list(config.layers) or None,
+        "larger_than": config.larger_than,
+        "target": read_target(config.target, class_names),
+        "precision": None if config.precision == "model" else config.precision,
+        "seed": config.seed,
+        "fuse": config.fuse,
+        "average": average,
+        "options": options,
+    }
+
+
+def _number(text: str) -> Any:
+    """An int or float where the text is one; what is none is refused where it is used."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def write_maps(out: Path, first: int, found: dict[str, Explanation]) -> list[dict[str, Any]]:
+    """The raw maps of a batch, a file for each method, named by its first picture; a row a picture."""
+    files = [item.save(out / f"{key}.{first:08}.safetensors") for key, item in found.items()]
+    rows = []
+    for i, key in enumerate(next(iter(found.values())).keys):
+        status = {}
+        for name, item in found.items():
+            for m, code in enumerate(item.status[i].tolist()):
+                status[name if item.maps.shape[1] == 1 else f"{name}.{m + 1}"] = Status(code).name.lower()
+        rows.append(_row(key, i, found, status, [str(path.relative_to(out)) for path in files]))
+    return rows
+
+
+def _row(key: str, i: int, found: dict[str, Explanation], status: dict[str, str], files: list[str]) -> dict[str, Any]:
+    first = next(iter(found.values()))
+    k = int(first.predicted[i])
+    return {
+        "picture": key,
+        "predicted": name_of(k, first.class_names),
+        "probability": float(first.probabilities[i, k]),
+        "status": status,
+        "files": files,
+    }
 
 
 def read_target(text: str, class_names: tuple[str, ...]) -> Any:
@@ -116,15 +170,5 @@ def write_batch(
             files.append(str(one.save(out / stem.with_name(f"{stem.name}.{key}.safetensors")).relative_to(out)))
         sheet = draw.montage(tiles, captions, columns=min(len(tiles), 6))
         files.append(str(draw.save_png(sheet, out / stem.with_name(f"{stem.name}.png")).relative_to(out)))
-        first = next(iter(found.values()))
-        k = int(first.predicted[i])
-        rows.append(
-            {
-                "picture": sample.key,
-                "predicted": name_of(k, first.class_names),
-                "probability": float(first.probabilities[i, k]),
-                "status": status,
-                "files": files,
-            }
-        )
+        rows.append(_row(sample.key, i, found, status, files))
     return rows

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,13 +130,27 @@ def limited(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...
 
 def load_for(loaded: Loaded, samples: tuple[Sample, ...], limit: int | None, progress: Progress) -> Pictures:
     """The samples decoded at the network's size."""
-    return load_pictures(
-        limited(samples, limit),
-        loaded.size,
-        fit=loaded.fit,
-        channels=loaded.channels,
-        progress=progress.task("reading pictures"),
-    )
+    told = progress.task("reading pictures")
+    return load_pictures(limited(samples, limit), loaded.size, fit=loaded.fit, channels=loaded.channels, progress=told)
+
+
+def load_blocks(loaded: Loaded, samples: tuple[Sample, ...], block: int = 256) -> Iterator[Pictures]:
+    """The same a block at a time, in constant memory.
+
+    Raises ClearwingError where none of all can be read, and gives nothing before that is known.
+    """
+    read = 0
+    skipped: tuple[tuple[str, str], ...] = ()
+    for start in range(0, len(samples), block):
+        part = samples[start : start + block]
+        pictures = load_pictures(part, loaded.size, fit=loaded.fit, channels=loaded.channels, empty=True)
+        read, skipped = read + len(pictures), skipped + pictures.skipped
+        if read:
+            yield dataclasses.replace(pictures, skipped=skipped)
+            skipped = ()
+    if not read:
+        key, reason = skipped[0]
+        raise ClearwingError("pictures", key, f"none of {len(samples)} can be read: {reason}")
 
 
 def open_pictures(names: tuple[str, ...], progress: Progress, out: str | None = None) -> tuple[Sample, ...]:

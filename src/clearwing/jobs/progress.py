@@ -41,11 +41,11 @@ class Progress:
         if not self.quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
-    def task(self, name: str) -> Callable[[int, int], None]:
+    def task(self, name: str) -> Callable[[float, float], None]:
         """A bar for one piece of work: call it with (done, total)."""
         task: TaskID | None = None
 
-        def tell(done: int, total: int) -> None:
+        def tell(done: float, total: float) -> None:
             nonlocal task
             if task is None:
                 task = self.bars.add_task(name, total=total, note="")

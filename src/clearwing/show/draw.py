@@ -68,7 +68,7 @@ def normalise(maps: Tensor | NDArray[Any], *, signed: bool | None = None, clip: 
     """
     values = _values(maps)
     if signed is None:
-        signed = _is_signed(values)
+        signed = is_signed(values)
     finite = np.isfinite(values).all(axis=(-2, -1), keepdims=True)
     values = np.where(finite, values, 0.0)
     strength = np.abs(values) if signed else values.clip(min=0)
@@ -81,12 +81,19 @@ def normalise(maps: Tensor | NDArray[Any], *, signed: bool | None = None, clip: 
     return scaled.clip(-1.0 if signed else 0.0, 1.0).astype(np.float32)
 
 
+def is_signed(maps: Tensor | NDArray[Any]) -> bool:
+    """Whether maps (..., H, W) have values below zero, by more than rounding; then they are drawn in red and blue."""
+    values = _values(maps)
+    finite = values[np.isfinite(values)]
+    return bool(finite.size and finite.min() < -1e-6 * np.abs(finite).max())
+
+
 def heatmap(maps: Tensor | NDArray[Any], *, signed: bool | None = None) -> Picture:
     """Colour maps (N, H, W) or (H, W): inferno from zero up, or red and blue about zero if signed.
 
     Gives uint8 (N, H, W, 3) or (H, W, 3).
     """
-    signed = _is_signed(_values(maps)) if signed is None else signed
+    signed = is_signed(maps) if signed is None else signed
     return _colour(normalise(maps, signed=signed), signed)
 
 
@@ -103,7 +110,7 @@ def overlay(
     """
     if not 0 <= alpha <= 1:
         raise ClearwingError("alpha", alpha, "give an opacity between 0 and 1")
-    signed = _is_signed(_values(maps)) if signed is None else signed
+    signed = is_signed(maps) if signed is None else signed
     pictures, values = _pair(images, normalise(maps, signed=signed), "maps")
     grey = pictures @ np.array([0.299, 0.587, 0.114], np.float32)
     calm = 0.4 * pictures + 0.6 * grey[..., None]  # less colour in the picture leaves the colour to the map
@@ -119,7 +126,7 @@ def edges(images: Tensor | NDArray[Any], maps: Tensor | NDArray[Any], *, signed:
 
     The two hysteresis thresholds are 0.66 and 1.33 times the median brightness of each picture.
     """
-    signed = _is_signed(_values(maps)) if signed is None else signed
+    signed = is_signed(maps) if signed is None else signed
     pictures, values = _pair(images, normalise(maps, signed=signed), "maps")
     drawn = _colour(values, signed)
     ink = np.array([20, 24, 28] if signed else [235, 240, 245], np.float32)
@@ -156,12 +163,13 @@ def montage(
     captions: Sequence[str] | None = None,
     columns: int | None = None,
     *,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    font_size: int | None = None,
 ) -> Picture:
     """Set pictures (H, W, 3) on one white sheet with captions below, `columns` in a row (about square by default).
 
-    Each is fitted into a square of `size` pixels (the largest picture's side, at least 128), its ratio kept; a
-    caption may have several lines, and one that is too long ends in "...".
+    Each is fitted into a square of `size` pixels (the largest picture's side, at least 128) or a box of (height,
+    width), its ratio kept; a caption may have several lines, and one that is too long ends in "...".
     """
     if len(tiles) == 0:
         raise ClearwingError("tiles", "[]", "give at least one picture")
@@ -172,19 +180,23 @@ def montage(
         raise ClearwingError("columns", columns, "give 1 or more")
     columns = min(columns, len(tiles))
     size = size or max(128, *(max(tile.shape[:2]) for tile in tiles))
-    gap = max(8, size // 20)
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), max(11, size // 13))
+    height, width = (size, size) if isinstance(size, int) else size
+    gap = max(8, width // 20)
+    font_size = font_size or max(11, width // 13)
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), font_size)
     line = math.ceil(font.size * 1.35)
     depth = max((caption.count("\n") + 1 for caption in captions), default=0) * line if captions is not None else 0
     rows = math.ceil(len(tiles) / columns)
-    sheet = Image.new("RGB", (gap + columns * (size + gap), gap + rows * (size + depth + gap)), "white")
+    sheet = Image.new("RGB", (gap + columns * (width + gap), gap + rows * (height + depth + gap)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, tile in enumerate(tiles):
-        x, y = gap + i % columns * (size + gap), gap + i // columns * (size + depth + gap)
-        picture = fit(tile, size, enlarge=True)
-        sheet.paste(Image.fromarray(picture), (x + (size - picture.shape[1]) // 2, y + (size - picture.shape[0]) // 2))
+        x, y = gap + i % columns * (width + gap), gap + i // columns * (height + depth + gap)
+        scale = min(height / tile.shape[0], width / tile.shape[1])
+        picture = fit(tile, round(scale * max(tile.shape[:2])), enlarge=True)
+        h, w = picture.shape[:2]
+        sheet.paste(Image.fromarray(picture), (x + (width - w) // 2, y + (height - h) // 2))
         for row, text in enumerate(captions[i].split("\n") if captions is not None else ()):
-            pen.text((x, y + size + line * row + line // 5), _shorten(text, font, size), "#20262c", font)
+            pen.text((x, y + height + line * row + line // 5), _shorten(text, font, width), "#20262c", font)
     return np.asarray(sheet)
 
 
@@ -304,11 +316,6 @@ def _values(maps: Tensor | NDArray[Any]) -> NDArray[np.float32]:
     if values.ndim < 2 or 0 in values.shape[-2:]:
         raise ClearwingError("maps", f"shape {values.shape}", "give (H, W) or (N, H, W)")
     return values
-
-
-def _is_signed(values: NDArray[np.float32]) -> bool:
-    finite = values[np.isfinite(values)]
-    return bool(finite.size and finite.min() < -1e-6 * np.abs(finite).max())  # rounding below zero is no sign
 
 
 def _colour(values: NDArray[Any], signed: bool) -> Picture:
