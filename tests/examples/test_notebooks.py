@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -86,3 +87,27 @@ def test_fine_tuning_from_named_files_to_masks(tmp_path, monkeypatch, checkpoint
     assert all(cw.read_mask(path).shape == (32, 32) for path in masks)
     assert cw.adopt(run.path / "checkpoint.pth").class_names == run.class_names
     assert (run.path / "report.html").is_file()
+
+
+def test_grad_cam_from_the_formula_to_the_library(tmp_path, monkeypatch, photos):
+    notebook = executed("grad_cam", tmp_path, monkeypatch, DATA=photos, SIZE=32)
+    text = printed(notebook)
+    assert "A is (6, 128, 8, 8), y is (6, 3), Z = 64" in text
+    assert text.count("species_") >= 6  # the account of the six logits
+    assert shown(notebook) == 7
+    assert cw.Run.load(tmp_path / "run").config["train"]["padding"] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "pictures"),
+    [
+        ("layers_and_parameters", "128 steps   gained", 9),
+        ("guided_backpropagation", "guided     by hand and by the library", 4),
+        ("guided_grad_cam", "without the tenth of guided-grad-cam", 3),
+    ],
+)
+def test_a_notebook_on_methods_checks_its_formulas(name, line, pictures, tmp_path, monkeypatch, photos, trained):
+    shutil.copytree(trained, tmp_path / "run")  # what is there is not trained again
+    notebook = executed(name, tmp_path, monkeypatch, DATA=photos, PASSES=32)
+    assert line in printed(notebook)
+    assert shown(notebook) == pictures
