@@ -1,9 +1,9 @@
-"""Loading, a training step and Grad-CAM beside the usual ways, in one run: ratios hold, seconds are this machine's.
+"""Loading and a training step beside the usual ways, in one run: ratios hold, seconds are this machine's.
 
     python benchmarks/pipeline.py [--pictures 512] [--rounds 5]
 
 Pictures are drawn (no data set is needed) and written as JPEG files. Each pair alternates, after a warm-up; printed are
-medians. Captum stands in for the peers here.
+medians.
 """
 
 from __future__ import annotations
@@ -13,15 +13,13 @@ import platform
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from captum.attr import LayerAttribution, LayerGradCam
 from PIL import Image
 from torch import nn
-from torchvision import datasets, models, transforms
+from torchvision import datasets, transforms
 
 import clearwing as cw
 from clearwing.data import synthetic
@@ -98,43 +96,11 @@ def training(rounds: int) -> dict[str, float]:
     return alternate(ways, rounds)
 
 
-def explaining(rounds: int) -> dict[str, float]:
-    """Grad-CAM with upsampling, ResNet-18 at 224 px, batch 16."""
-    torch.manual_seed(0)
-    model = models.resnet18().eval()
-    images = torch.rand(16, 3, 224, 224)
-    target = torch.zeros(16, dtype=torch.int64)
-    peer = LayerGradCam(model, model.layer4)
-    found = cw.explain(model, images, target=target).maps[:, 0]
-    theirs = LayerAttribution.interpolate(
-        peer.attribute(images, target, relu_attributions=True), (224, 224), "bilinear"
-    )
-    print(f"\nlargest difference of the maps to Captum's: {(found - theirs[:, 0].detach()).abs().max():.1e}")
-
-    def forward() -> None:
-        with torch.inference_mode():
-            model(images)
-
-    def captum() -> None:
-        cam = peer.attribute(images, target, relu_attributions=True)
-        LayerAttribution.interpolate(cam, (224, 224), "bilinear")
-
-    def cut() -> object:
-        return cw.explain(model, images, layers="layer4", target=target)
-
-    def bfloat16() -> object:
-        return cw.explain(model, images, layers="layer4", target=target, precision="bfloat16")
-
-    ways = {"Captum LayerGradCam + interpolate": captum, "plain forward pass": forward, "clearwing": cut}
-    return alternate(ways | ({"clearwing, bfloat16": bfloat16} if has_bfloat16("cpu") else {}), rounds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", module="captum")
     threads = torch.get_num_threads()
     print(f"clearwing {cw.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{processor_name()}, {threads} threads; medians of {args.rounds} rounds, alternating, after one warm-up")
@@ -146,7 +112,6 @@ def main() -> None:
             Image.fromarray(image).save(path, quality=90)
         show("One epoch of random resized crops", args.pictures, loading(Path(name), args.rounds))
     show("A training step, resnet14, 128 px, batch 32", BATCH, training(args.rounds))
-    show("Grad-CAM, ResNet-18, 224 px, batch 16", 16, explaining(args.rounds))
 
 
 if __name__ == "__main__":
