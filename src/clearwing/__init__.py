@@ -32,7 +32,7 @@ _WHERE = {
     "METHODS": "clearwing.attribution.methods",
     "explain": "clearwing.attribution.methods",
     "Trace": "clearwing.attribution.trace",
-    "find_layer": "clearwing.attribution.trace",
+    "find_layer": "clearwing.attribution.layers",
     "record": "clearwing.attribution.trace",
     "RECIPES": "clearwing.masks.pipeline",
     "segment": "clearwing.masks.pipeline",
@@ -46,8 +46,9 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from clearwing.attribution.doctor import Diagnosis, examine
+    from clearwing.attribution.layers import find_layer
     from clearwing.attribution.methods import METHODS, explain
-    from clearwing.attribution.trace import Trace, find_layer, record
+    from clearwing.attribution.trace import Trace, record
     from clearwing.data.augment import Augment
     from clearwing.data.loader import Pictures, load_pictures
     from clearwing.data.preprocess import read_mask, read_picture, restore

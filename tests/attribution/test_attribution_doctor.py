@@ -18,8 +18,9 @@ import clearwing
 from clearwing.attribution import selfcheck
 from clearwing.attribution.anatomy import Strided, guided, receptive_field, watch
 from clearwing.attribution.doctor import Diagnosis, examine
+from clearwing.attribution.layers import find_layer
 from clearwing.attribution.methods import METHODS
-from clearwing.attribution.trace import find_layer, record
+from clearwing.attribution.trace import record
 from clearwing.types import Batch, ClearwingError
 from reference import small_images, small_net
 

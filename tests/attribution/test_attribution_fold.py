@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import reference
 from clearwing.attribution.fold import layout_of, token_grid
+from clearwing.attribution.layers import find_layer
 from clearwing.attribution.methods import explain
-from clearwing.attribution.trace import find_layer, record
+from clearwing.attribution.trace import record
 from clearwing.types import ClearwingError
 from reference import TinyViT, small_images, tiny_vit
 
@@ -277,11 +278,11 @@ def test_the_default_layer_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_is_kept_of_a_model_dies_with_it() -> None:
-    from clearwing.attribution import trace
+    from clearwing.attribution import layers
 
-    before = len(trace._FOUND)
+    before = len(layers._FOUND)
     net = tiny_vit()
     find_layer(net, tall_images())
-    assert len(trace._FOUND) == before + 1
+    assert len(layers._FOUND) == before + 1
     del net
-    assert len(trace._FOUND) == before
+    assert len(layers._FOUND) == before

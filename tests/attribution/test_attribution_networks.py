@@ -17,8 +17,9 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 from torchvision.models.vgg import make_layers
 
 import reference
+from clearwing.attribution.layers import find_layer
 from clearwing.attribution.methods import explain
-from clearwing.attribution.trace import find_layer, record
+from clearwing.attribution.trace import record
 from clearwing.types import ClearwingError, Explanation, Status
 from reference import small_images
 

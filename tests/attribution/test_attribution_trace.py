@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from clearwing.attribution.trace import find_layer, record
+from clearwing.attribution.layers import find_layer
+from clearwing.attribution.trace import record
 from clearwing.types import Batch, ClearwingError
 from reference import SmallNet, small_images, small_net
 

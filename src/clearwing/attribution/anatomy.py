@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clearwing.attribution.backward import _between, _unruled
+from clearwing.attribution.layers import find_layer
+from clearwing.attribution.modules import INPUT, hooked, shown_name
 from clearwing.attribution.network import exact
-from clearwing.attribution.trace import INPUT, Trace, _shown, find_layer, hooked, record, run
+from clearwing.attribution.trace import Trace, record, run
 from clearwing.types import ClearwingError
 
 # fmt: off
@@ -126,7 +128,7 @@ def watch(model: nn.Module, images: Tensor) -> Seen:
 
     Raises ClearwingError where the network does not give logits (N, K), or fails.
     """
-    names = {module: _shown(model, name) or ITSELF for name, module in model.named_modules()}
+    names = {module: shown_name(model, name) or ITSELF for name, module in model.named_modules()}
     operators, owner = _Operators(names, model), threading.get_ident()
     calls = Counter[str]()
     outputs, gradients = list[str](), list[str]()  # that are not finite

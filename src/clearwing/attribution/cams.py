@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from clearwing.attribution.backward import differentiate
+from clearwing.attribution.modules import named_layers
 from clearwing.attribution.network import wide
-from clearwing.attribution.trace import Trace, named_layers
+from clearwing.attribution.trace import Trace
 from clearwing.types import ClearwingError
 
 

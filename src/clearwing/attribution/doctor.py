@@ -29,9 +29,10 @@ from clearwing.attribution.anatomy import (
     layer_facts,
     watch,
 )
+from clearwing.attribution.modules import pictures, ready, shown_name
 from clearwing.attribution.network import exact, like_the_model
 from clearwing.attribution.selfcheck import Check, self_check, twin
-from clearwing.attribution.trace import Trace, _shown, pictures, ready, record
+from clearwing.attribution.trace import Trace, record
 from clearwing.types import Batch, ClearwingError
 
 
@@ -185,7 +186,7 @@ def _of_modes(model: nn.Module) -> Iterator[Finding]:
         ready(model)
         return
     except ClearwingError:
-        modules = {_shown(model, name) or ITSELF: module for name, module in model.named_modules()}
+        modules = {shown_name(model, name) or ITSELF: module for name, module in model.named_modules()}
     copied = "what follows was found on such a copy"
     compiled = [name for name, one in modules.items() if one._compiled_call_impl or hasattr(one, "_orig_mod")]
     if compiled:
@@ -198,14 +199,14 @@ def _of_modes(model: nn.Module) -> Iterator[Finding]:
 
 def _of_weights(model: nn.Module) -> Iterator[Finding]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    sick = [_shown(model, name) for name, tensor in tensors if tensor.isnan().any()]
+    sick = [shown_name(model, name) for name, tensor in tensors if tensor.isnan().any()]
     learnt = [(name, tensor) for name, tensor in tensors if isinstance(tensor, nn.Parameter) or ".running_" in name]
-    sick += [_shown(model, name) for name, tensor in learnt if tensor.isinf().any()]  # a mask may well hold infinity
+    sick += [shown_name(model, name) for name, tensor in learnt if tensor.isinf().any()]  # masks may
     if sick:
         mend = "load weights of before the training went wrong"
         yield Finding("failed", f"{_some(sick)} {_verb(sick, 'holds', 'hold')} NaN or infinity", mend)
     coupled = [
-        _shown(model, name)
+        shown_name(model, name)
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is None
     ]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from clearwing.attribution.modules import INPUT, named_layers
 from clearwing.attribution.network import wide
-from clearwing.attribution.trace import INPUT, Trace, named_layers
+from clearwing.attribution.trace import Trace
 from clearwing.attribution.views import upsample
 
 TOLERANCE = 0.01

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clearwing.attribution.trace import hooked
+from clearwing.attribution.modules import hooked
 from clearwing.types import ClearwingError
 
 BUDGET = 2.0**30

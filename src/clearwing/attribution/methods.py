@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from clearwing.attribution import attention, cams, fullgrad, gradients, perturb, relevance, sampled
+from clearwing.attribution.layers import find_layer
 from clearwing.attribution.memory import in_chunks
+from clearwing.attribution.modules import named_layers, pictures, ready
 from clearwing.attribution.network import Network, check_precision, exact, float32_parameters, like_the_model
 from clearwing.attribution.targets import Target, read_target
 from clearwing.attribution.task import FUSE, Job, Method, Task
-from clearwing.attribution.trace import find_layer, named_layers, pictures, ready
 from clearwing.attribution.views import views
 from clearwing.types import Batch, ClearwingError, Explanation, near
 

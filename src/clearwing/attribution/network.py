@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clearwing.attribution.fold import layout_of, refused
-from clearwing.attribution.trace import Trace, hooked, record, run
+from clearwing.attribution.modules import hooked
+from clearwing.attribution.trace import Trace, record, run
 from clearwing.types import ClearwingError, near
 
 PRECISIONS = ("float32", "bfloat16")

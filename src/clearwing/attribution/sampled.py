@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clearwing.attribution.modules import INPUT
 from clearwing.attribution.network import Network, wide
 from clearwing.attribution.targets import Question
-from clearwing.attribution.trace import INPUT
 from clearwing.types import ClearwingError
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from clearwing.attribution import cams
 from clearwing.attribution.anatomy import SICK
 from clearwing.attribution.methods import METHODS, explain
+from clearwing.attribution.modules import INPUT
 from clearwing.attribution.network import Network, exact, float32_parameters, like_the_model, wide
-from clearwing.attribution.trace import INPUT
 from clearwing.types import ClearwingError, Explanation, Status
 
 Verdict = Literal["passed", "failed", "not applicable"]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from clearwing.attribution import cams, gradients
+from clearwing.attribution.modules import INPUT
 from clearwing.attribution.network import Network, wide
 from clearwing.attribution.targets import Asked, Question
-from clearwing.attribution.trace import INPUT, Trace
+from clearwing.attribution.trace import Trace
 from clearwing.attribution.views import View, upsample
 from clearwing.types import Explanation, Status
 

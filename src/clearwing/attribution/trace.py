@@ -1,34 +1,26 @@
-"""Record one forward pass with its graph alive: `record`, the `Trace` it gives, and `find_layer`.
+"""Record one forward pass with its graph alive: `record`, and the `Trace` it gives.
 
-All hooks of the library are here. The model is left as it was found, after exceptions too.
+The model is left as it was found, after exceptions too.
 """
 
 from __future__ import annotations
 
-import copy
-import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 
 from clearwing.attribution.backward import differentiate
-from clearwing.attribution.fold import KeepAttention, alike, check_grid, layout_of, refused
-from clearwing.types import Batch, ClearwingError, near
-
-INPUT = "input"
-"""Stands for the pictures among the names of layers."""
+from clearwing.attribution.fold import KeepAttention, check_grid, layout_of, refused
+from clearwing.attribution.modules import INPUT, calls, hooked, pictures, ready
+from clearwing.types import Batch, ClearwingError
 
 
 class _ByLayer(dict[str, Tensor]):
@@ -178,7 +170,7 @@ def record(
     model, seen = ready(model), pictures(images)
     check_grid(grid)
     inputs = inputs or attention
-    wanted = _calls(model, layers)
+    wanted = calls(model, layers)
     outputs: dict[nn.Module, list[tuple[Tensor, int]]] = {module: [] for module, _ in wanted.values()}
     names = {module: name for name, (module, _) in wanted.items()}
     owner = threading.get_ident()
@@ -289,212 +281,6 @@ def _tell(line: str, told: set[str]) -> None:
     if line not in told:
         told.add(line)
         warnings.warn(line, UserWarning, stacklevel=4)
-
-
-def find_layer(
-    model: nn.Module, images: Tensor | Batch, larger_than: int | None = None, grid: tuple[int, int] | None = None
-) -> str:
-    """The default layer: the last module to finish whose output is a map with more than one place in space.
-
-    larger_than: ask for maps larger than this on both sides; 7 gives `layer3` of the CIFAR ResNet-18 at 32 pixels.
-    grid: (h, w) of a vision transformer's tokens, where their number does not tell it.
-    The first picture is run once. Pooling, dropout and identity modules are passed over, and so are modules that run
-    twice. Where the pick lies halfway through a block whose own output is too small, and the module that finished
-    before the block has a map of the same size, it is that module: `layer3`, not `layer4.0.bn1` of a ResNet-50.
-
-    Of networks with tokens, it is the last module of whose output the logits read every place: where a class token is
-    read, the norm before the last attention. It takes one more pass, forwards and backwards, of the first picture.
-    The answer is kept until the model's modules change.
-
-    >>> find_layer(torchvision.models.resnet18().eval(), torch.rand(1, 3, 64, 64))
-    'layer4'
-
-    Raises ClearwingError where no layer qualifies.
-    """
-    model, images = ready(model), pictures(images)
-    check_grid(grid)
-    modules = tuple((name, type(module), id(module)) for name, module in model.named_modules())
-    seen, answers = _FOUND.get(model, ((), {}))
-    if seen != modules:
-        answers = {}
-        _FOUND[model] = modules, answers
-    asked = (images.shape[1:], larger_than, grid and tuple(grid))
-    if asked not in answers:
-        answers[asked] = _find_layer(model, images[:1], larger_than, grid)
-    return answers[asked]
-
-
-_FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], dict[Any, str]]] = WeakKeyDictionary()
-
-
-def _find_layer(model: nn.Module, images: Tensor, larger_than: int | None, grid: tuple[int, int] | None) -> str:
-    smallest = 0 if larger_than is None else larger_than
-    names = {module: name for name, module in model.named_modules() if name}
-    sizes: dict[str, tuple[int, int] | None] = {}  # in the order in which the modules finish; None where no map
-    unfit, tokens, owner = set[str](), False, threading.get_ident()
-
-    def see(module: nn.Module, _: Any, output: Any) -> None:
-        nonlocal tokens
-        if threading.get_ident() == owner:
-            name = names[module]
-            if name in sizes or isinstance(module, _PASSED_OVER):
-                unfit.add(name)
-            layout = layout_of(output, images, grid)
-            tokens = tokens or (layout is not None and layout.kind == "tokens")
-            sizes.setdefault(name, layout.size if layout else None)
-
-    devices = [images.device] if images.is_cuda else []
-    with hooked(names, see), torch.random.fork_rng(devices), torch.no_grad():
-        model(images.clone())
-    large = {name: s for name, s in sizes.items() if s and min(s) > smallest and s[0] * s[1] > 1}
-    order = list(sizes)
-    fit = [name for name in order if name in large and name not in unfit]
-    if tokens:
-        fit = [name for name in fit if alike(large[name], images)]  # not (N, heads, T, C) inside attention
-    if tokens and fit:
-        trace = record(model, images, fit, inputs=False, grid=grid)
-        fit = [name for name, reached in trace.reached(fit).items() if reached.any(1).all()]
-    if not fit:
-        wanted = "more than one place" if larger_than is None else f"a map larger than {larger_than} x {larger_than}"
-        seen = sorted({s for s in sizes.values() if s}, reverse=True)
-        found = ", ".join(f"{h} x {w}" for h, w in seen) or "no 4-D output at all"
-        raise ClearwingError("layers", f"no layer has {wanted}", f"found {found}; give larger images, or name a layer")
-    pick, before = fit[-1], ""
-    while pick != before:
-        before = pick
-        for block in _around(pick):
-            if sizes.get(block) and block not in large:
-                began = next(i for i, name in enumerate(order) if name.startswith(f"{block}."))
-                earlier = [name for name in fit if order.index(name) < began]
-                if earlier and sizes[earlier[-1]] == sizes[pick]:
-                    pick = earlier[-1]
-                    break
-    return _shown(model, pick)
-
-
-_PASSED_OVER = (
-    nn.Identity,
-    nn.Linear,  # of tokens: a part of a block
-    nn.Softmax,
-    nn.Flatten,
-    _DropoutNd,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._LPPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-)
-
-
-def ready(model: nn.Module) -> nn.Module:
-    """The network inside wrappers (compiled, parallel, Fabric), refused where a recording would be quietly wrong."""
-    if not isinstance(model, nn.Module):
-        raise ClearwingError("model", type(model).__name__, "give a torch.nn.Module that maps (N, C, H, W) to (N, K)")
-    inner: Any = model
-    while inner is not None:
-        model = inner
-        parallel = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
-        wrapped = parallel or type(model).__name__ == "_FabricModule"
-        inner = model.module if wrapped else getattr(model, "_orig_mod", None)  # torch.compile keeps the original there
-    if model._compiled_call_impl is not None:  # model.compile(): a shallow copy shares everything but this
-        model = copy.copy(model)
-    for name, module in model.named_modules():
-        if name and (module._compiled_call_impl is not None or hasattr(module, "_orig_mod")):
-            mend = "hooks and ReLU rules do not reach into it; explain the network as it is before compiling"
-            raise ClearwingError("model", f"{name} is compiled", mend)
-        if _trains(module) or (module.training and not name):
-            who = name or type(module).__name__
-            raise ClearwingError("model", f"{who} is in training mode", "call model.eval() before explaining")
-    return model
-
-
-def _trains(module: nn.Module) -> bool:
-    """Whether the module now behaves otherwise than in evaluation; of torch's own modules few do, of others any may."""
-    if not module.training:
-        return False
-    if not type(module).__module__.startswith("torch.nn."):
-        return True
-    tracked = isinstance(module, _InstanceNorm) and module.track_running_stats
-    return tracked or isinstance(module, _DIFFERENT_IN_TRAINING)
-
-
-_DIFFERENT_IN_TRAINING = (_BatchNorm, _DropoutNd, nn.RReLU, nn.MultiheadAttention, nn.RNNBase)
-
-
-def pictures(images: Tensor | Batch) -> Tensor:
-    """The images (N, C, H, W) of a batch or as they are; ClearwingError where they are no floating pictures."""
-    if isinstance(images, Batch):
-        images = images.images
-    if not isinstance(images, Tensor):
-        raise ClearwingError("images", type(images).__name__, "give a tensor (N, C, H, W) or a Batch")
-    if images.ndim != 4 or images.numel() == 0:
-        mend = "give (N, C, H, W)" + (", images[None] for a single one" if images.ndim == 3 else ", none of them 0")
-        raise ClearwingError("images", tuple(images.shape), mend)
-    if not images.is_floating_point():
-        raise ClearwingError("images", images.dtype, "give floating images in [0, 1]; divide bytes by 255")
-    return images
-
-
-def named_layers(model: nn.Module, layers: str | nn.Module | Iterable[str | nn.Module]) -> dict[str, nn.Module]:
-    """The modules by the names that users see, in the order asked; ClearwingError for one that is not in the model."""
-    return {name: module for name, (module, _) in _calls(model, layers).items()}
-
-
-def _calls(
-    model: nn.Module, layers: str | nn.Module | Iterable[str | nn.Module]
-) -> dict[str, tuple[nn.Module, int | None]]:
-    """The modules asked for, and which of its calls where a name says so: "relu#1" is the second."""
-    if isinstance(layers, str | nn.Module):
-        layers = [layers]
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    names = {module: name for name, module in reversed(modules.items())}
-    found: dict[str, tuple[nn.Module, int | None]] = {}
-    for layer in layers:
-        asked, call = layer, re.search(r"#-?\d+$", layer) if isinstance(layer, str) else None
-        if isinstance(layer, str) and call is not None:
-            asked = layer[: call.start()]
-        if isinstance(asked, nn.Module):
-            full = names.get(asked)
-        else:
-            full = next((name for name in (asked, f"backbone.{asked}") if name in modules), None)
-        if full == INPUT:
-            raise ClearwingError("layer", INPUT, "the word stands for the pictures here; rename the module")
-        if full is None:
-            known = [_shown(model, name) for name in modules]
-            shown = asked if isinstance(asked, str) else type(asked).__name__
-            raise ClearwingError("layer", shown, near(shown, known) if known else "the model has no layers")
-        name = _shown(model, names[modules[full]]) + (call[0] if call else "")
-        found[name] = (modules[full], int(call[0][1:]) if call else None)
-    return found
-
-
-def _shown(model: nn.Module, name: str) -> str:
-    """A layer's name without the "backbone." of a Classifier."""
-    classifier = hasattr(model, "class_names") and isinstance(getattr(model, "backbone", None), nn.Module)
-    return name.removeprefix("backbone.") if classifier else name
-
-
-def _around(name: str) -> list[str]:
-    """The names of the blocks around a module, the innermost first: "a.b.c" -> ["a.b", "a"]."""
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
-
-
-@contextmanager
-def hooked(
-    modules: Iterable[nn.Module], hook: Callable[..., Any], before: Callable[..., Any] | None = None
-) -> Iterator[None]:
-    """Inside the block, hook(module, args, output) follows every call of the modules; before(module, args) precedes."""
-    handles = []
-    try:
-        for module in modules:
-            if before is not None:
-                handles.append(module.register_forward_pre_hook(before))
-            handles.append(module.register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _inference_tensors(model: nn.Module) -> dict[str, Tensor]:

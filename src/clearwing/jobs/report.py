@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clearwing.attribution.layers import find_layer
 from clearwing.attribution.methods import METHODS, explain
-from clearwing.attribution.trace import find_layer
 from clearwing.config import ReportConfig
 from clearwing.data.loader import Pictures, spread
 from clearwing.data.preprocess import read_mask, read_picture, restore

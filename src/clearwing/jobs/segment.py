@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clearwing.attribution.layers import find_layer
 from clearwing.attribution.methods import METHODS, explain
-from clearwing.attribution.trace import find_layer, record
+from clearwing.attribution.trace import record
 from clearwing.config import SegmentConfig, class_list, comma_list
 from clearwing.data.loader import Pictures
 from clearwing.data.preprocess import read_mask, restore
