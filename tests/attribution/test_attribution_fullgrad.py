@@ -210,6 +210,17 @@ def test_a_constant_layer_adds_nothing() -> None:
     assert torch.allclose(found, ((one - one.min()) / (one.max() - one.min())).sum())
 
 
+def test_layers_that_do_not_run_have_no_share() -> None:
+    net = small_net()
+    net.unused = nn.Conv2d(3, 3, 1).double().eval()
+    assert "unused" in biased(net)
+    trace = record(net, small_images(), optional=biased(net))
+    assert trace.absent == {"unused"}
+    assert torch.equal(
+        explain(net, small_images(), "fullgrad").maps, explain(small_net(), small_images(), "fullgrad").maps
+    )
+
+
 def test_a_trace_without_the_layers_is_refused() -> None:
     trace = record(small_net(), small_images(), ["layer2"])
     with pytest.raises(ClearwingError, match=r"layer: stem.0; it was not recorded"):

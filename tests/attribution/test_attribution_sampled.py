@@ -102,7 +102,9 @@ def test_methods_on_paths_equal_the_references() -> None:
 
 
 def test_they_equal_captum_with_the_same_noise_and_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).double().eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).double().eval()
     x = small_images(1)
     found = explain(net, x, ["smoothgrad", "vargrad"], target=2, options={"samples": 5, "noise": 0.2}, seed=3)
     sigma = 0.2 * float(x.max() - x.min())

@@ -99,6 +99,10 @@ class _Operators(TorchDispatchMode):
         self.strided: list[Strided] = []
         self.random: dict[str, None] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and to skip the compiler torch first imports it, for seconds
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, module = func.overloadpacket.__name__, self.inside[-1]
         if name.removesuffix("_") in _ACTIVATIONS:
@@ -293,6 +297,10 @@ class _Reach(TorchDispatchMode):
     A convolution passes it on with a weight of one everywhere, an activation and batch norm as it is, max-pooling to
     the whole of its window. Other operators keep their gradient, which is zero only where they do not look.
     """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # see above
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -41,7 +41,10 @@ def fullgrad(trace: Trace, scores: Tensor) -> Tensor:
 
 
 def biased(model: nn.Module) -> list[str]:
-    """The names of the layers with a bias at every place, as `record` takes them: convolutions and batch norms."""
+    """The names of the layers with a bias at every place, convolutions and batch norms, as `record` takes them.
+
+    Give them as `optional`: some networks have layers that do not run in evaluation.
+    """
     return list(named_layers(model, _sites(model)))
 
 
@@ -51,13 +54,13 @@ def decompose(trace: Trace, scores: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     The sum of everything of a picture is its score where the network is piecewise linear and all biases are known
     (`left_out`). "input" is taken where the network begins: of a Classifier (x - mean) * df/dx, which is the share of
     the normalised picture. A layer's share is its bias times the gradient at its output, a batch norm's bias is
-    beta - gamma mu / sigma. The trace must hold the layers of `biased`, and the inputs.
+    beta - gamma mu / sigma. The trace must hold the layers of `biased` that run, and the inputs.
 
-    >>> trace = record(model, images, biased(model))
+    >>> trace = record(model, images, optional=biased(model))
     >>> shares, linear = decompose(trace, trace.scores(0))
     """
     sites = _sites(trace.model)
-    layers = named_layers(trace.model, sites)
+    layers = {name: site for name, site in named_layers(trace.model, sites).items() if name not in trace.absent}
     G = trace.gradients(scores, of=(INPUT, *layers))
     x = wide(trace.images)
     shares = {INPUT: (x - _mean(trace.model, x)) * wide(G[INPUT])}

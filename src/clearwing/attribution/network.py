@@ -32,10 +32,17 @@ class Network:
     told: set[str] = field(default_factory=set)  # warnings given
     tell: Callable[[float], None] | None = None  # told the share of a method's work that is done
 
-    def record(self, images: Tensor, layers: Sequence[str] = (), inputs: bool = True, attention: bool = False) -> Trace:
+    def record(
+        self,
+        images: Tensor,
+        layers: Sequence[str] = (),
+        inputs: bool = True,
+        attention: bool = False,
+        optional: Sequence[str] = (),
+    ) -> Trace:
         with self._autocast(images):
             return record(
-                self.model, images, layers, inputs, self.parameters, self.grid, attention=attention, told=self.told
+                self.model, images, layers, inputs, self.parameters, self.grid, attention, self.told, optional
             )
 
     def logits(self, images: Tensor) -> Tensor:

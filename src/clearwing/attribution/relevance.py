@@ -152,8 +152,9 @@ class _Rule(torch.autograd.Function):
         size = total.square().mean(tuple(range(1, d.ndim)), keepdim=True).sqrt()  # (N, 1, ...)
         away = (ctx.epsilon * size).clamp(min=torch.finfo(total.dtype).tiny)
         s = wide(z) * wide(g) / (total + torch.where(total < 0, -away, away))
-        # the graph is kept for another batch norm on the same convolution
-        (shared,) = torch.autograd.grad(d, x, s.to(d.dtype), retain_graph=True)
+        with torch.enable_grad():  # a product, for grad_outputs would load sympy; the graph is kept: another batch
+            # norm may follow the same convolution
+            (shared,) = torch.autograd.grad((d * s.to(d.dtype)).sum(), x, retain_graph=True)
         return None, None, None, shared, *(None for _ in layer.weights)
 
 

@@ -40,7 +40,7 @@ class Method:
     relu_rule: str = "plain"  # of the gradient at the input (kind "input")
     options: tuple[str, ...] = ()  # names of the rule's own keyword arguments
     reduce: Literal["strongest", "sum"] = "strongest"  # channels to a map: largest magnitude, or their signed sum
-    records: Callable[[nn.Module], Sequence[str]] | None = None  # more layers that the rule reads (kind "input")
+    records: Callable[[nn.Module], Sequence[str]] | None = None  # layers the rule reads where they run ("input")
     attention: bool = False  # the rule reads the attention of the recorded pass
 
 
@@ -128,21 +128,19 @@ class Task:
             return None
         needs_input = any(job.row.kind == "input" for job in served)
         attention = any(job.row.attention for job in served)
-        return self.network.record(images, self._recorded(served), needs_input, attention)
-
-    def _recorded(self, jobs: Sequence[Job]) -> list[str]:
-        layers = [layer for job in jobs for layer in job.layers]
-        for job in jobs:
-            if job.row.records is not None:
-                layers += job.row.records(self.network.model)
-        return list(dict.fromkeys(layers))
+        layers = list(dict.fromkeys(layer for job in served for layer in job.layers))
+        more = [layer for job in served if job.row.records for layer in job.row.records(self.network.model)]
+        return self.network.record(images, layers, needs_input, attention, more)
 
     def _scores(self, trace: Trace, question: Question) -> Tensor:
         """The scores (N,), and all their gradients that the methods will look up: one backward pass a ReLU rule."""
         scores = question.of(trace.logits)
         needed: dict[str, list[str]] = {}
         reading = [job for job in self.jobs if job.row.kind in ("cam", "input")]
-        if layers := self._recorded(reading):
+        layers = list(dict.fromkeys(layer for job in reading for layer in job.layers))
+        if any(job.row.records for job in reading):
+            layers = list(trace.features)
+        if layers:
             needed["plain"] = layers
         for job in reading:
             if job.row.kind == "input" and not job.row.attention:

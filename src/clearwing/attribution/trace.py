@@ -47,6 +47,7 @@ class Trace:
     grid: tuple[int, int] | None = None  # (h, w) of tokens, as it was given
     told: set[str] = field(default_factory=set)  # warnings given: each is said once
     places: Mapping[str, tuple[nn.Module, int]] = field(default_factory=dict)  # layer -> module, which of its calls
+    absent: frozenset[str] = frozenset()  # the optional layers that did not run
     _kept: dict[tuple[int, str], tuple[Tensor, _ByLayer]] = field(default_factory=dict)
 
     def scores(self, classes: Tensor | int, against: Tensor | int | None = None) -> Tensor:
@@ -142,6 +143,7 @@ def record(
     grid: tuple[int, int] | None = None,
     attention: bool = False,
     told: set[str] | None = None,
+    optional: Iterable[str] = (),
 ) -> Trace:
     """Run the model once on images (N, C, H, W) and keep the logits, the layers' outputs and the graph between them.
 
@@ -155,6 +157,7 @@ def record(
     grid: (h, w) of the tokens, where their number does not tell it.
     attention: keep the matrices (N, heads, T, T) of all self-attention; the graph is then not cut.
     told: warnings that were given already, and are not given again; grows.
+    optional: more layers, of which those that do not run are left out.
 
     Works on frozen networks, under the caller's `no_grad` and `inference_mode`, and inside `autocast`. Nothing of the
     caller's changes: not `.grad`, `requires_grad`, modes, buffers, hooks, the state of the random generators, images.
@@ -170,7 +173,8 @@ def record(
     model, seen = ready(model), pictures(images)
     check_grid(grid)
     inputs = inputs or attention
-    wanted = calls(model, layers)
+    asked, optional = calls(model, layers), calls(model, optional)
+    wanted = {**optional, **asked}
     outputs: dict[nn.Module, list[tuple[Tensor, int]]] = {module: [] for module, _ in wanted.values()}
     names = {module: name for name, (module, _) in wanted.items()}
     owner = threading.get_ident()
@@ -199,6 +203,8 @@ def record(
         with torch.set_grad_enabled(inputs), matrices if attention else nullcontext():
             logits = run(model, images, {**_inference_tensors(model), **(parameters or {})})
     told = set() if told is None else told
+    absent = frozenset(name for name, (module, _) in wanted.items() if name not in asked and not outputs[module])
+    wanted = {name: place for name, place in wanted.items() if name not in absent}
     features = _ByLayer({name: _chosen(name, outputs[module], call, told) for name, (module, call) in wanted.items()})
     if attention and not matrices.kept:
         raise ClearwingError("attention", f"{type(model).__name__} has no self-attention", "ask for grad-cam instead")
@@ -207,7 +213,7 @@ def record(
         raise ClearwingError("model", f"the logits of {type(model).__name__} have no graph", mend)
     kept = {f"attention.{i}": A for i, A in enumerate(matrices.kept)}
     places = {name: (m, range(len(outputs[m]))[-1 if call is None else call]) for name, (m, call) in wanted.items()}
-    return Trace(model, images, logits, features, inputs, kept, grid, told, places)
+    return Trace(model, images, logits, features, inputs, kept, grid, told, places, absent)
 
 
 def run(
