@@ -65,6 +65,7 @@ class Bench:
         torch.manual_seed(0)
         self.model: nn.Module = getattr(models, name)().eval().to(device)
         self.images = torch.rand(batch, 3, SIZE, SIZE).to(device)
+        self.leaf = self.images.clone().requires_grad_()  # the peers' input methods ask for it, and would set it
         self.target = torch.arange(batch, device=device) % 1000
         self.device = device
         last = torch.channels_last
@@ -86,14 +87,14 @@ class Bench:
         return LayerAttribution.interpolate(cam, (SIZE, SIZE), "bilinear").detach()[:, 0]
 
     def captum_saliency(self) -> Tensor:
-        return Saliency(self.model).attribute(self.images.requires_grad_(), self.target).amax(1)
+        return Saliency(self.model).attribute(self.leaf, self.target).amax(1)
 
     def captum_guided(self) -> Tensor:
-        return GuidedBackprop(self.model).attribute(self.images.requires_grad_(), self.target)
+        return GuidedBackprop(self.model).attribute(self.leaf, self.target)
 
     def captum_guided_cam(self) -> Tensor:
         peer = GuidedGradCam(self.model, self.model.layer4)
-        return peer.attribute(self.images.requires_grad_(), self.target, interpolate_mode="bilinear")
+        return peer.attribute(self.leaf, self.target, interpolate_mode="bilinear")
 
     def pytorch_grad_cam(self, kind: Any = pgc.GradCAM, layer: str = "layer4") -> Any:
         with kind(self.model, [getattr(self.model, layer)]) as cam:

@@ -9,6 +9,7 @@ medians.
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import statistics
 import tempfile
@@ -34,6 +35,7 @@ def alternate(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for i in range(rounds + 1):
         for name, way in ways.items():
+            gc.collect()  # what the way before left in cycles is not this one's
             began = time.perf_counter()
             way()
             if i:

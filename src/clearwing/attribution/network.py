@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def check_precision(precision: str | None) -> None:
 
 def like_the_model(model: nn.Module, images: Tensor, precision: str | None = None) -> Tensor:
     """The images on the device of the model's first parameter and in its floating type, or float32 for a precision."""
-    own = next((p for p in [*model.parameters(), *model.buffers()] if p.is_floating_point()), images)
+    own = next((p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point()), images)
     return images.detach().to(own.device, torch.float32 if precision else own.dtype)
 
 
