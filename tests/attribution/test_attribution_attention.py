@@ -68,13 +68,13 @@ def test_matrices_and_their_gradients_equal_the_reference(spelled: str, mode: Ca
     with mode():
         trace = record(net, images, ["blocks.0"], inputs=False, attention=True)
         gradients = trace.gradients(trace.scores(2))
-    assert list(trace.attention) == ["attention.0", "attention.1"]
+    assert list(trace.attention) == ["(attention 0)", "(attention 1)"]
     with torch.no_grad():
         logits, matrices = reference.attention_pass(net, images)
         assert torch.allclose(trace.logits, logits, atol=1e-12)
         assert torch.allclose(trace.logits, net(images), atol=1e-12)
         for number, A in enumerate(matrices):
-            assert torch.allclose(trace.attention[f"attention.{number}"], A, atol=1e-13)
+            assert torch.allclose(trace.attention[f"(attention {number})"], A, atol=1e-13)
             for n in range(2):
 
                 def score(moved: Tensor, n: int = n, number: int = number) -> Tensor:
@@ -82,7 +82,7 @@ def test_matrices_and_their_gradients_equal_the_reference(spelled: str, mode: Ca
                     return reference.attention_pass(net, pictures, {number: moved})[0][:, 2]
 
                 expected = reference.gradient(score, A[n : n + 1])[0]
-                assert torch.allclose(gradients[f"attention.{number}"][n], expected, atol=1e-7)
+                assert torch.allclose(gradients[f"(attention {number})"][n], expected, atol=1e-7)
                 assert expected.abs().max() > 1e-3
 
 
@@ -101,7 +101,7 @@ def test_the_modules_of_torch_hide_nothing(kind: str, mode: Callable[[], Any]) -
         assert torch.allclose(A.sum(-1), torch.ones(2, 2, 5, dtype=torch.float64))
     attention = net.layers.layers[0].self_attn
     x = net.layers.layers[0].norm1(net.tokens(images))
-    assert torch.allclose(trace.attention["attention.0"], attention(x, x, x, average_attn_weights=False)[1])
+    assert torch.allclose(trace.attention["(attention 0)"], attention(x, x, x, average_attn_weights=False)[1])
 
 
 def test_without_it_networks_run_their_own_attention() -> None:

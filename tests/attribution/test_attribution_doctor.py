@@ -264,6 +264,14 @@ class Overwriting(Net):
         return self.fc(x.mean((2, 3)))
 
 
+class Centred(Net):
+    """A picture's logits depend on the others where there are more than two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y - y.mean(0) if len(y) > 2 else y
+
+
 class InADict(Net):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"logits": super().forward(x)}
@@ -283,6 +291,7 @@ SICK: list[tuple[Callable[[], nn.Module], str, str]] = [  # network, what it is 
         "draws random numbers: bernoulli_ in the network itself",
         "a batch =",
     ),
+    (Centred, "", "a batch ="),
     (Counting, "", "modes, buffers"),
     (Rounded, "", "integrated gradients sum to the change of score"),
     (WithoutGraph, "the logits have no graph", ""),
@@ -370,6 +379,32 @@ def test_a_branch_that_the_logits_do_not_hang_on_is_named() -> None:
     assert (diagnosis.verdict, diagnosis.layer) == ("warning", "two")
 
 
+def test_a_refused_layer_does_not_hide_another_of_its_size() -> None:
+    class Detached(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aside = nn.Conv2d(6, 6, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.two(self.act(self.one(x))))
+            return self.fc((x + self.aside(x).detach()).mean((2, 3)))
+
+    diagnosis = examine(Detached().eval(), pictures())
+    assert diagnosis.layer == "two"
+    assert [layer.name for layer in diagnosis.layers] == ["input", "one", "two"]
+    assert [one.mend for one in diagnosis.findings if one.about.startswith("layer aside: ")] == [
+        "name a layer, such as two"
+    ]
+
+
+def test_maps_of_zeros_are_equal_not_infinite() -> None:
+    net = Net().eval()
+    nn.init.zeros_(net.fc.weight)
+    diagnosis = examine(net, pictures())
+    assert {one.verdict for one in diagnosis.checks} == {"passed"}
+    assert all(one.error == 0 for one in diagnosis.checks)
+
+
 def test_what_is_no_network_is_refused() -> None:
     with pytest.raises(ClearwingError, match="model: str; give a torch"):
         examine("resnet18")  # type: ignore[arg-type]
@@ -433,3 +468,21 @@ def test_what_float32_blurs_is_tried_again_in_float64(monkeypatch: pytest.Monkey
     assert found[0].about == "in float64; rounding in float32 moves maps by 1e-01 (saliency)"
     assert found[0].tolerance == torch.finfo(torch.float64).eps ** 0.5
     assert next(net.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("error", [0.11, 1.0])
+def test_rounding_that_moves_maps_far_is_a_warning_and_float64_sees_all_pictures(
+    monkeypatch: pytest.MonkeyPatch, error: float
+) -> None:
+    seen = []
+
+    def blurred(s: Any) -> tuple[float, float, str]:
+        seen.append((len(s.images), s.images.dtype))
+        return (error, s.tolerance, "(saliency)") if s.images.dtype == torch.float32 else (0.0, s.tolerance, "")
+
+    monkeypatch.setattr(selfcheck, "IDENTITIES", {"blurred": blurred, "count": lambda s: (1, 0, "rise gives NaN")})
+    found = selfcheck.self_check(Net().eval(), pictures(), torch.zeros(3, dtype=torch.int64), "two").checks
+    assert seen == [(3, torch.float32), (3, torch.float64)]
+    assert [one.verdict for one in found] == ["warning", "failed", "passed"]
+    assert found[0].about == f"float32 rounding moves maps by {error:.0e} (saliency)"
+    assert (found[0].error, found[0].mend[:19]) == (error, "in float64 it holds")

@@ -73,7 +73,8 @@ def test_the_layout_is_found_by_shape(
     shape: tuple[int, ...], pixels: tuple[int, int], kind: str, size: tuple[int, int]
 ) -> None:
     output = torch.rand(shape)
-    layout = layout_of(output, torch.empty(2, 3, *pixels))
+    model = nn.Sequential(nn.LayerNorm(shape[-1]))
+    layout = layout_of(output, torch.empty(2, 3, *pixels), None, model, model[0])
     assert layout is not None
     assert (layout.kind, layout.size) == (kind, size)
     feature = layout.fold(output)
@@ -96,7 +97,49 @@ def test_what_holds_no_places_has_no_layout() -> None:
         torch.empty(2, 3, 4, 4, 4),
         torch.zeros(2, 8, 4, 4, dtype=torch.int64),
     ):
-        assert layout_of(output, images) is None
+        assert layout_of(output, images, None, nn.Linear(8, 8), nn.Linear(8, 8)) is None
+
+
+class Tall(nn.Module):
+    """Convolutions whose maps are as wide as the picture, so that channels and height look like a picture's sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 16, 3, padding=1, stride=(2, 1))
+        self.b = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, stride=(2, 1)), nn.ReLU())
+        self.along = nn.Sequential(nn.Flatten(2), nn.Conv1d(16, 16, 1))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.along(self.b(torch.relu(self.a(x)))).mean(2))
+
+
+def test_maps_of_convolutions_keep_their_channels_first() -> None:
+    net, images = Tall().double().eval(), small_images(2, size=64)
+    trace = record(net, images, ["a", "b"])
+    assert trace.features["a"].shape == (2, 16, 32, 64)
+    assert trace.features["b"].shape == (2, 16, 16, 64)
+    assert find_layer(net, images) == "b"
+    for layer in ("along.0", "along.1"):  # (N, C, h w) holds no tokens
+        with pytest.raises(ClearwingError, match=f"layer: {layer}; it gives"):
+            record(net, images, [layer])
+
+
+def test_queries_are_no_places() -> None:
+    class Queries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 16, 8, stride=8), nn.Linear(16, 1)
+            self.decoder = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
+            self.queries = nn.Parameter(torch.rand(1, 4, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            places = self.conv(x).flatten(2).mT
+            return self.fc(self.decoder(self.queries.expand(len(x), -1, -1), places))[..., 0]
+
+    net, images = Queries().double().eval(), small_images(2, size=32)
+    with pytest.raises(ClearwingError, match="layer: decoder; it gives"):
+        record(net, images, ["decoder"])
 
 
 def by_hand(net: TinyViT, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +220,7 @@ def test_channels_last_maps_are_folded(inputs: bool) -> None:
 
 def test_a_grid_that_the_number_of_tokens_does_not_tell() -> None:
     net, images = tiny_vit(9, "mean"), small_images(2, size=16)  # 4 x 4 and nine more are 5 x 5
-    mend = r"which is no grid of the pictures; give grid=\(h, w\)"
+    mend = r"which is no grid of the pictures, or not the given one; give grid=\(h, w\)"
     with pytest.raises(ClearwingError, match=rf"layer: blocks.0; it gives \(N, T, C\) = \(2, 25, 8\), {mend}"):
         record(net, images, ["blocks.0"])
     assert find_layer(net, images) == "embed"
@@ -189,8 +232,11 @@ def test_a_grid_that_the_number_of_tokens_does_not_tell() -> None:
     with pytest.raises(ClearwingError, match="attention: it is over 25 tokens"):
         explain(net, images, "attention-rollout")
     assert explain(net, images, "attention-rollout", grid=(4, 4)).maps.shape == (2, 1, 16, 16)
-    with pytest.raises(ClearwingError, match=r"layer: blocks.0; .* give grid"):
-        record(net, images, ["blocks.0"], grid=(8, 8))
+    for wrong in ((8, 8), (2, 2)):
+        with pytest.raises(ClearwingError, match=r"layer: blocks.0; .* or not the given one; give grid"):
+            record(net, images, ["blocks.0"], grid=wrong)
+    with pytest.raises(ClearwingError, match=r"grid: \(4, 4\); it is of one size of the pictures"):
+        explain(net, images, grid=(4, 4), average=("flip", 1.5))
 
 
 @pytest.mark.parametrize("grid", [(4,), (0, 4), (4.0, 4), "4x4", 4, (True, 4)])

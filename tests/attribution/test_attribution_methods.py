@@ -136,10 +136,8 @@ def test_input_methods_equal_captum() -> None:
 # identities
 
 
-def test_at_the_last_stage_grad_cam_is_cam_and_hires_cam(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_the_last_stage_grad_cam_is_cam_and_hires_cam() -> None:
     """Zhou et al. 2016 eq. 2: with mean pooling and a linear head, CAM = sum_k w_k A^k = Grad-CAM * hw."""
-    hires = Method("cam", lambda A, G: (A * G).sum(1), "Draelos and Carin 2020", needs_layer=True)
-    monkeypatch.setitem(METHODS, "hires-cam", hires)  # one more method is one more row
     net, images = small_net(), small_images()
     trace = record(net, images, ["layer2"], inputs=False)
     A = trace.features["layer2"].detach()
@@ -405,7 +403,14 @@ def test_options_reach_the_method_that_owns_them(monkeypatch: pytest.MonkeyPatch
     [
         ("methods: grad_cam; did you mean .*grad-cam", {"methods": "grad_cam"}),
         (r"methods: \[\]; choose one of", {"methods": []}),
+        ("methods: None; give the name of a method", {"methods": None}),
+        ("methods: .*; give the name of a method", {"methods": [["grad-cam"]]}),
         ("options: steps; these methods have no options", {"options": {"steps": 3}}),
+        ("layers: 3; give the name of a module", {"layers": 3}),
+        ("larger_than: a; give a whole number", {"larger_than": "a"}),
+        ("seed: 1.5; give a whole number", {"seed": 1.5}),
+        ("average: None; give", {"average": None}),
+        (r"fuse: \['max'\]; ", {"fuse": ["max"], "layers": LAYERS}),
         ("layer: layer3; did you mean .*layer1", {"layers": "layer3"}),
         (r"layers: \[\]; name at least one layer", {"layers": []}),
         ("larger_than: 7; .*leave one of the two out", {"layers": "stem", "larger_than": 7}),

@@ -186,7 +186,7 @@ def test_attention_of_torchvision_and_timm(timm: Any) -> None:
         assert block.attn.fused_attn
         block.attn.fused_attn = False
     one, two = (record(net, images, attention=True) for net in (fused, spelled))
-    assert list(one.attention) == list(two.attention) == ["attention.0", "attention.1"]
+    assert list(one.attention) == list(two.attention) == ["(attention 0)", "(attention 1)"]
     for name, A in one.attention.items():
         assert A.shape == (2, 2, 17, 17)
         assert torch.allclose(A, two.attention[name], atol=1e-14)

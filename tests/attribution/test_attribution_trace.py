@@ -15,6 +15,7 @@ import torchvision
 from torch import Tensor, nn
 
 from clearwing.attribution.layers import find_layer
+from clearwing.attribution.methods import explain
 from clearwing.attribution.trace import record
 from clearwing.types import Batch, ClearwingError
 from reference import SmallNet, small_images, small_net
@@ -436,3 +437,25 @@ def test_no_layer_with_space_is_refused() -> None:
         find_layer(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).double().eval(), small_images())
     with pytest.raises(ClearwingError, match="training mode"):
         find_layer(small_net().train(), small_images())
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_a_network_that_takes_no_channels_last_pictures_gets_none(precision: str | None) -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 4, 3, stride=2), nn.Linear(36, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.conv(x))
+            return self.fc(x.view(x.size(0), -1))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Views().eval()
+    images = small_images(8).float()
+    methods = ["grad-cam", "saliency", "guided-backprop", "occlusion", "ablation-cam", "lrp-zplus", "smoothgrad"]
+    found = explain(net, images, methods, ["conv"], target=1, precision=precision)
+    for key, e in explain(net, images, methods, ["conv"], target=1, precision=precision, chunk=1).items():
+        assert torch.allclose(found[key].maps, e.maps, atol=1e-2 if precision else 1e-5), key
+    assert not net.conv._forward_hooks

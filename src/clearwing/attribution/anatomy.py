@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clearwing.attribution.backward import _between, _unruled
+from clearwing.attribution.backward import between, unruled
 from clearwing.attribution.layers import find_layer
 from clearwing.attribution.modules import INPUT, hooked, shown_name
 from clearwing.attribution.network import exact
@@ -236,6 +236,24 @@ def candidates(model: nn.Module, images: Tensor) -> tuple[list[str], dict[str, s
             found.append(layer)
         except ClearwingError as error:  # a branch that the logits do not hang on
             refused[layer] = error.mend
+            found += _reaching(model, images[:1], size)
+
+
+def _reaching(model: nn.Module, images: Tensor, size: int) -> list[str]:
+    """The last module with a map of this size that the logits depend on, or none; where `find_layer` named another."""
+    names = {module: shown_name(model, name) for name, module in model.named_modules() if name}
+    finished, reached = Counter[str](), set[str]()
+
+    def see(module: nn.Module, _: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and min(output.shape[2:]) == size and output.requires_grad:
+            finished[names[module]] += 1
+            output.register_hook(lambda _: reached.add(names[module]))
+
+    images = images.detach().clone().requires_grad_()
+    with exact(images.device.type), torch.inference_mode(False), torch.enable_grad(), hooked(names, see):
+        torch.autograd.grad(run(model, images).amax(1).sum(), images, allow_unused=True)
+    once = [name for name, calls in finished.items() if calls == 1 and name in reached]
+    return once[-1:]
 
 
 def layer_facts(trace: Trace, strided: Sequence[Strided]) -> list[Layer]:
@@ -344,9 +362,9 @@ class Guided:
 def guided(trace: Trace) -> Guided:
     """What guided backpropagation will meet on the way from the logits to the pictures of a trace."""
     scores = trace.scores(trace.logits.argmax(1))
-    nodes = _between(scores.sum(), [trace.images])
-    kept = Counter(name for node in nodes if (name := _unruled(node)))
-    relus = sum(node.name().startswith(("Relu", "Threshold")) and not _unruled(node) for node in nodes)
+    nodes = between(scores.sum(), [trace.images])
+    kept = Counter(name for node in nodes if (name := unruled(node)))
+    relus = sum(node.name().startswith(("Relu", "Threshold")) and not unruled(node) for node in nodes)
     try:
         trace.gradients(scores, "guided", of=(INPUT,))
     except ClearwingError as error:

@@ -31,11 +31,12 @@ _COMPILED = ("CompiledFunction", "DifferentiableGraph")  # torch.compile and tor
 
 
 def differentiate(
-    scores: Tensor, sources: Sequence[Tensor], relu_rule: str = "plain"
+    scores: Tensor, sources: Sequence[Tensor], relu_rule: str = "plain", keep: bool = True
 ) -> tuple[tuple[Tensor | None, ...], str]:
     """The gradients of the sum of the scores at the sources, and a line on what the rule left alone ("" if nothing).
 
-    The graph stays alive; no `.grad` is touched. None stands for a source that the scores do not depend on.
+    The graph stays alive, unless `keep` is False, which makes room on the way down; no `.grad` is touched. None stands
+    for a source that the scores do not depend on.
 
     Raises ClearwingError for an unknown rule, and under the guided and deconvnet rules where no ReLU lies between the
     scores and the sources, or a compiled function that may hide some.
@@ -44,10 +45,10 @@ def differentiate(
         raise ClearwingError("relu_rule", relu_rule, near(relu_rule, RELU_RULES))
     total = scores.sum()
     if relu_rule == "plain":
-        return torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True), ""
-    path = _between(total, sources)
+        return torch.autograd.grad(total, sources, retain_graph=keep, allow_unused=True), ""
+    path = between(total, sources)
     relus = [node for node in path if _is_relu(node)]
-    others = Counter(name for node in path if (name := _unruled(node)))
+    others = Counter(name for node in path if (name := unruled(node)))
     counted = ", ".join(f"{name} x {count}" for name, count in sorted(others.items()))
     if any(name.startswith(_COMPILED) for name in others):
         mend = "its ReLUs are out of sight of the rule; explain the network as it is before compiling"
@@ -57,7 +58,7 @@ def differentiate(
         raise ClearwingError("model", met, f"the {relu_rule} rule would be the plain gradient; ask for saliency")
     handles = [node.register_hook(_RULES[relu_rule]) for node in relus]
     try:
-        found = torch.autograd.grad(total, sources, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(total, sources, retain_graph=keep, allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
@@ -67,7 +68,7 @@ def differentiate(
 
 def _guided(passed: tuple[Tensor, ...], R: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Springenberg et al. 2015 section 3.4: max(R, 0) passes where the activation is positive."""
-    return (passed[0].clamp(min=0),)  # the plain rule let R pass there, and zero elsewhere
+    return (passed[0].clamp_(min=0),)  # what the plain rule let pass, in place: the node has just made it
 
 
 def _deconvnet(passed: tuple[Tensor, ...], R: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -83,7 +84,7 @@ def _is_relu(node: Node) -> bool:
     return name == "Relu" or (name == "Threshold" and getattr(node, "_saved_threshold", 0) == 0)
 
 
-def _between(scores: Tensor, sources: Sequence[Tensor]) -> set[Node]:
+def between(scores: Tensor, sources: Sequence[Tensor]) -> set[Node]:
     """The nodes of the graph that a gradient passes from the scores to a source; not the one that made the source."""
     users: dict[Node, list[Node]] = {get_gradient_edge(scores).node: []}
     waiting = list(users)
@@ -106,7 +107,7 @@ def _between(scores: Tensor, sources: Sequence[Tensor]) -> set[Node]:
     return path
 
 
-def _unruled(node: Node) -> str:
+def unruled(node: Node) -> str:
     """The name of a non-linearity that the rules leave as it is; "" for every other node."""
     name = _name(node)
     own = isinstance(node, torch.autograd.function.BackwardCFunction)  # a custom autograd.Function: opaque

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clearwing.types import ClearwingError
 
 MOST_PREFIX = 16
-"""Class, distillation and register tokens that may stand before those of the picture, where no grid is given."""
+"""Class, distillation and register tokens that may stand before those of the picture."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class Layout:
         return (feature.movedim(1, -1) if self.kind == "last" else feature).clone()
 
 
-def layout_of(output: Any, images: Tensor, grid: tuple[int, int] | None = None) -> Layout | None:
-    """How the output of a layer holds places of the images (N, C, H, W); None where it does not.
+def layout_of(
+    output: Any, images: Tensor, grid: tuple[int, int] | None, model: nn.Module, module: nn.Module
+) -> Layout | None:
+    """How the output of a module of the model holds places of the images (N, C, H, W); None where it does not.
 
     4-D outputs are channels last where their dimensions 1 and 2 stand to each other as H to W, and 2 and 3 do not.
+    These and tokens are believed only of a network that has a linear layer or a layer norm over so many channels, and
+    not of modules that are known to put the channels first, or queries instead of places.
     """
     if not isinstance(output, Tensor) or not output.is_floating_point() or len(output.shape) not in (3, 4):
         return None
@@ -51,11 +55,37 @@ def layout_of(output: Any, images: Tensor, grid: tuple[int, int] | None = None) 
         return None
     if output.ndim == 4:
         last = alike(output.shape[1:3], images) and not alike(output.shape[2:], images)
+        last = last and not isinstance(module, _CHANNELS_FIRST) and _mixes(model, output.shape[-1])
         h, w = output.shape[1:3] if last else output.shape[2:]
         return Layout("last" if last else "map", (h, w))
+    if isinstance(module, (*_CHANNELS_FIRST, *_QUERIES)) or not (grid or _mixes(model, output.shape[-1])):
+        return None
     T = output.shape[1]
     size = token_grid(T, images, grid)
     return None if size is None else Layout("tokens", size, T - size[0] * size[1])
+
+
+_CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.GroupNorm,
+    nn.Flatten,
+)
+_QUERIES = (nn.TransformerDecoder, nn.TransformerDecoderLayer)
+
+
+def _mixes(model: nn.Module, channels: int) -> bool:
+    """Whether a linear layer or a layer norm of the model works on a last dimension of this size."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and channels in (module.in_features, module.out_features):
+            return True
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.normalized_shape[-1] == channels:
+            return True
+    return False
 
 
 def alike(size: tuple[int, ...], images: Tensor) -> bool:
@@ -71,7 +101,7 @@ def token_grid(T: int, images: Tensor, grid: tuple[int, int] | None = None) -> t
     that does not divide them may have one prefix token. None where nothing fits, or these two rules disagree.
     """
     if grid is not None:
-        return grid if grid[0] * grid[1] <= T else None
+        return grid if 0 <= T - grid[0] * grid[1] <= MOST_PREFIX else None
     H, W = images.shape[2:]
     common = gcd(H, W)
     unit = (H // common) * (W // common)  # a grid is (k H / common, k W / common), of k k unit tokens
@@ -94,7 +124,7 @@ def refused(name: str, output: Any, images: Tensor) -> ClearwingError:
     if not isinstance(output, Tensor):
         what = f"it gives a {type(output).__name__}"
     elif len(output.shape) == 3 and len(output) == len(images) and not output.is_inference():
-        mend = "which is no grid of the pictures; give grid=(h, w)"
+        mend = "which is no grid of the pictures, or not the given one; give grid=(h, w)"
         return ClearwingError("layer", name, f"it gives (N, T, C) = {tuple(output.shape)}, {mend}")
     elif len(output.shape) in (3, 4) and len(output) != len(images):
         what = f"it gives {tuple(output.shape)} for {len(images)} pictures: windows, or tokens first"

@@ -64,7 +64,7 @@ def _find_layer(model: nn.Module, images: Tensor, larger_than: int | None, grid:
             name = names[module]
             if name in sizes or isinstance(module, _PASSED_OVER):
                 unfit.add(name)
-            layout = layout_of(output, images, grid)
+            layout = layout_of(output, images, grid, model, module)
             tokens = tokens or (layout is not None and layout.kind == "tokens")
             sizes.setdefault(name, layout.size if layout else None)
 

@@ -18,6 +18,8 @@ BUDGET = 2.0**30
 """Bytes that one pass may take on a processor; on a GPU it is half of what is free."""
 FIRST = 16
 """Pictures of the first chunk, where more are to come."""
+GROWTH = 8
+"""How many times as large as the first the others may be."""
 
 
 def in_chunks(
@@ -46,7 +48,8 @@ def in_chunks(
             leaves = [module for module in model.modules() if not any(True for _ in module.children())]
             with hooked(leaves, sizes.see), hooked([model], sizes.end):
                 work(part, size)
-            size = max(1, int(budget * part.stop / (2 * sizes.kept + 4 * sizes.largest + 1)))
+            fits = int(budget * part.stop / (2 * sizes.kept + 4 * sizes.largest + 1))
+            size = max(1, min(fits, GROWTH * size))  # functions that are no modules were not seen
         else:
             work(part, size)
         start = part.stop

@@ -116,13 +116,14 @@ def explain(
         by its own maximum, for the layers' scales differ. "guided-grad-cam" takes the joined Grad-CAM.
     options: settings of a method's own, such as {"steps": 32} for integrated gradients.
     average: test-time averaging over views: "flip" mirrors, a number resizes, as in ("flip", 0.75, 1.25). The mean of
-        the raw maps of all views and of the picture as it is, for the classes asked of the latter.
+        the raw maps (and channels) of all views and of the picture as it is, for the classes asked of the latter.
     memory: bytes that one pass may take, estimated from the first; None is 1 GiB, on a GPU half of what is free.
     grid: (h, w) of the tokens of a vision transformer where their number does not tell it.
     progress: called with (pictures done, pictures in all), in fractions where a method needs many passes.
 
-    One forward pass serves all methods on gradients; one backward pass for each asked class all on the plain gradient,
-    and one more those on the guided gradient. No `.grad` is filled, and no graph outlives the call.
+    One forward pass serves all methods that read activations and gradients; one backward pass for each asked class all
+    on the plain gradient, and one more those on the guided gradient. Methods that sample, perturb or propagate
+    relevance (kind "passes") run passes of their own. No `.grad` is filled, and no graph outlives the call.
 
     Returns an Explanation for one method and at most one layer; where methods or layers is a list, a dict in the order
     asked, keyed "grad-cam@layer3", "saliency", or with fuse "grad-cam@layer2+layer3".
@@ -140,13 +141,20 @@ def explain(
     labels = batch.labels if labels is None else labels
     names = _method_names(methods, options or {})
     check_precision(precision)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ClearwingError("seed", seed, "give a whole number")
+    if larger_than is not None and (isinstance(larger_than, bool) or not isinstance(larger_than, int)):
+        raise ClearwingError("larger_than", larger_than, "give a whole number of places on a side")
     model = ready(model)
     images = like_the_model(model, pictures(batch.images), precision)
     class_names = tuple(getattr(model, "class_names", ()))
     asked = read_target(target, labels, class_names, images)
     jobs = _jobs(model, like_the_model(model, batch.images[:1]), names, layers, larger_than, grid, fuse, relu)
     network = Network(model, precision, float32_parameters(model) if precision else {}, grid=grid)
-    task = Task(network, jobs, relu, seed, options or {}, views(average))
+    seen_as = views(average)
+    if grid is not None and any(view.scale != 1 for view in seen_as):
+        raise ClearwingError("grid", grid, "it is of one size of the pictures; leave the scales out of average")
+    task = Task(network, jobs, relu, seed, options or {}, seen_as)
     parts: list[list[Explanation]] = [[] for _ in jobs]
 
     def work(part: slice, most: int) -> None:
@@ -169,6 +177,8 @@ def explain(
 
 
 def _method_names(methods: str | Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    if not isinstance(methods, str | Sequence) or not all(isinstance(name, str) for name in methods):
+        raise ClearwingError("methods", methods, "give the name of a method, or a list of names")
     names = [methods] if isinstance(methods, str) else list(methods)
     if not names:
         raise ClearwingError("methods", "[]", near("", list(METHODS)))
@@ -194,7 +204,7 @@ def _jobs(
     relu: bool,
 ) -> list[Job]:
     """The Explanations to make, in the order asked: methods first, layers within."""
-    if fuse is not None and fuse not in FUSE:
+    if fuse is not None and (not isinstance(fuse, str) or fuse not in FUSE):
         raise ClearwingError("fuse", fuse, near(str(fuse), list(FUSE)))
     if fuse is not None and not relu:
         raise ClearwingError("fuse", fuse, "it joins rectified maps; leave relu=True")

@@ -82,6 +82,8 @@ def calls(
     """The modules asked for, and which of its calls where a name says so: "relu#1" is the second."""
     if isinstance(layers, str | nn.Module):
         layers = [layers]
+    if not isinstance(layers, Iterable):
+        raise ClearwingError("layers", layers, "give the name of a module, a module, or a list of them")
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     names = {module: name for name, module in reversed(modules.items())}
     found: dict[str, tuple[nn.Module, int | None]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from clearwing.attribution.fold import layout_of, refused
 from clearwing.attribution.modules import hooked
-from clearwing.attribution.trace import Trace, record, run
+from clearwing.attribution.trace import Trace, in_its_layout, record, run
 from clearwing.types import ClearwingError, near
 
 PRECISIONS = ("float32", "bfloat16")
@@ -45,11 +45,13 @@ class Network:
                 self.model, images, layers, inputs, self.parameters, self.grid, attention, self.told, optional
             )
 
+    @in_its_layout
     def logits(self, images: Tensor) -> Tensor:
         """The logits (B, K) of images (B, C, H, W), without a graph, at most `batch` pictures at a time."""
         with torch.no_grad(), self._autocast(images):
             return torch.cat([wide(run(self.model, part, self.parameters)) for part in images.split(self.batch)])
 
+    @in_its_layout
     def logits_from(
         self, images: Tensor, place: tuple[nn.Module, int], change: Callable[[Tensor], Tensor], answers: int
     ) -> Tensor:
@@ -65,7 +67,7 @@ class Network:
         def swap(_: nn.Module, __: Any, output: Any) -> Tensor | None:
             if threading.get_ident() != owner or next(calls) != call:
                 return None
-            layout = layout_of(output, images, self.grid)
+            layout = layout_of(output, images, self.grid, self.model, module)
             if layout is None:
                 raise refused(type(module).__name__, output, images)
             return layout.unfold(change(layout.fold(output)), output.expand(answers, *output.shape[1:]))
@@ -92,6 +94,13 @@ class Network:
 def wide(tensor: Tensor) -> Tensor:
     """Detached, in float32, or in float64 where it was: sums over bfloat16 channels would lose digits."""
     return tensor.detach() if tensor.dtype == torch.float64 else tensor.detach().float()
+
+
+def check_count(option: str, value: int, most: int | None = None) -> None:
+    """Raise ClearwingError for an option of a method that is no whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
+        limits = "at least 1" if most is None else f"1 to {most}"
+        raise ClearwingError("options", f"{option}={value!r}", f"give a whole number, {limits}")
 
 
 def check_precision(precision: str | None) -> None:

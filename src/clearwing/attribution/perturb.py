@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clearwing.attribution.network import Network, wide
+from clearwing.attribution.network import Network, check_count, wide
 from clearwing.attribution.targets import Question
 from clearwing.attribution.views import upsample
 from clearwing.types import ClearwingError
@@ -69,7 +69,8 @@ def ablation_cam(
 
     Where the network allows it, which is tried first, only what follows the layer runs for each channel: one picture
     enters, and variants of what left the layer go on. In a residual block the other branch holds that one picture,
-    which broadcasts. Else whole passes are run. Never in bfloat16, whose last digit of y is more than most y - y_k.
+    which broadcasts. Else whole passes are run. Not under bfloat16 autocast, whose last digit of y is more than most
+    y - y_k.
 
     budget: the most channels of a picture to try; those with the largest sum |A^k| are, the others have no weight.
     """
@@ -117,8 +118,8 @@ def rise(
     masks: their number n; the paper's are 4000 to 8000. cells: on a side, as in the paper. probability: of a cell to
     be seen, which is E[M]. Of a caller's function of the logits f is the function itself.
     """
-    _check_count("masks", masks)
-    _check_count("cells", cells)
+    check_count("masks", masks)
+    check_count("cells", cells)
     if not _number(probability) or not 0 < probability < 1:
         raise ClearwingError("options", f"probability={probability!r}", "give a number between 0 and 1, such as 0.5")
     drawn = torch.rand(masks, cells * cells + 2, generator=generator, dtype=torch.float64).to(images.device)
@@ -146,16 +147,16 @@ def occlusion(
     """Occlusion, Zeiler and Fergus 2014 section 4.2: how far the score falls when a square is hidden, a map (N, H, W).
 
     A pixel has the mean over the windows that cover it. The last window of a row ends with the picture, so that every
-    pixel is covered. Never in bfloat16, for falls are smaller than its last digit.
+    pixel is covered. Not under bfloat16 autocast, for falls are smaller than its last digit.
 
     window: side of the square in pixels; None is an eighth of the picture's shorter side. stride: from one to the next;
     None is half a window. value: what the square is filled with.
     """
     H, W = images.shape[2:]
     window = max(1, min(H, W) // 8) if window is None else window
-    _check_count("window", window, min(H, W))
+    check_count("window", window, min(H, W))
     stride = max(1, window // 2) if stride is None else stride
-    _check_count("stride", stride, window)
+    check_count("stride", stride, window)
     if not _number(value):
         raise ClearwingError("options", f"value={value!r}", "give the number to fill the window with, such as 0.0")
     network = _in_full(network)
@@ -172,7 +173,7 @@ def occlusion(
 
 
 def _in_full(network: Network) -> Network:
-    """The network in float32 where bfloat16 was asked for."""
+    """The network in float32 where bfloat16 was asked for; a bfloat16 network stays what it is."""
     return replace(network, precision=network.precision and "float32")
 
 
@@ -238,10 +239,4 @@ def _number(value: object) -> bool:
 
 def _check_budget(budget: int | None) -> None:
     if budget is not None:
-        _check_count("budget", budget)
-
-
-def _check_count(option: str, value: int, most: int | None = None) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most is not None and value > most):
-        limits = "at least 1" if most is None else f"1 to {most}"
-        raise ClearwingError("options", f"{option}={value!r}", f"give a whole number, {limits}")
+        check_count("budget", budget)

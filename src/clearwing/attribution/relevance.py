@@ -26,7 +26,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from clearwing.attribution.backward import _between
+from clearwing.attribution.backward import between
 from clearwing.attribution.network import Network, wide
 from clearwing.attribution.targets import Question
 from clearwing.attribution.trace import Trace
@@ -271,7 +271,7 @@ _KNOWS = "LRP is for networks of 2-d convolutions, linear layers, batch norm, Re
 def _checked(trace: Trace, rules: _Rules) -> Tensor:
     """The input of the first layer, where relevance is read; refused where some would be lost or wrongly shared."""
     first, (n, _, height, width) = rules.first, trace.images.shape
-    path = set() if first is None else _between(trace.logits, [first])
+    path = set() if first is None else between(trace.logits, [first])
     if first is None or not path:
         raise ClearwingError("model", f"no layer of {type(trace.model).__name__} has a rule", _KNOWS)
     unruled = Counter(name for node in path - {get_gradient_edge(first).node} if (name := _unruled(node, path)))

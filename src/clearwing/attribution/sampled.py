@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clearwing.attribution.modules import INPUT
-from clearwing.attribution.network import Network, wide
+from clearwing.attribution.network import Network, check_count, wide
 from clearwing.attribution.targets import Question
 from clearwing.types import ClearwingError
 
@@ -110,7 +110,7 @@ def integrated_gradients(
     baseline: one value for all; a tensor that broadcasts to a picture (C, H, W); or a function of images (n, C, H, W)
     that gives a baseline for each, such as a blurred copy.
     """
-    _check_count("steps", steps)
+    check_count("steps", steps)
     x = wide(images)
     start = _baseline(baseline, x)
     alpha = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
@@ -133,7 +133,7 @@ def expected_gradients(
     x' is a flat picture in the colour of a random place of the picture itself: the score is then shared out against
     pictures of the same colours without any shape, and no one colour is blind, as black is with a black baseline.
     """
-    _check_count("samples", samples)
+    check_count("samples", samples)
     _check_references(references, images)
     x = wide(images)
     alpha = (torch.arange(samples) + torch.rand(samples, generator=generator, dtype=torch.float64)) / samples
@@ -174,7 +174,7 @@ def _noisy(
     network: Network, images: Tensor, generator: torch.Generator, samples: int, noise: float
 ) -> Iterator[Tensor]:
     """Noisy copies of all pictures, (g, N, C, H, W) at a time: the same noise on each, times the sigma of its own."""
-    _check_count("samples", samples)
+    check_count("samples", samples)
     if isinstance(noise, bool) or not isinstance(noise, Real) or not isfinite(noise) or noise < 0:
         raise ClearwingError("options", f"noise={noise!r}", "give sigma as a share of a picture's range, such as 0.15")
     x = wide(images)
@@ -218,8 +218,3 @@ def _check_references(references: Tensor | None, images: Tensor) -> None:
         raise ClearwingError("options", f"references of {what}", mend)
     if references.ndim != 4 or references.shape[1] != C or 0 in references.shape:
         raise ClearwingError("options", f"references of {tuple(references.shape)}", mend)
-
-
-def _check_count(option: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ClearwingError("options", f"{option}={value!r}", "give a whole number, at least 1")

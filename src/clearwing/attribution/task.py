@@ -103,7 +103,8 @@ class Task:
         trace = self._record(seen)
         logits = self.network.logits(seen) if trace is None else trace.logits
         questions = ask(logits)
-        scores = [] if trace is None else [self._scores(trace, question) for question in questions]
+        more = [1] * (len(questions) - 1) + [0]  # whether a question follows, which needs the graph
+        scores = [] if trace is None else [self._scores(trace, *one) for one in zip(questions, more, strict=True)]
         raws: list[_Raw] = []
         work = len(self.jobs) * len(questions)
         for job in self.jobs:
@@ -117,7 +118,7 @@ class Task:
                     raw = self._from_passes(told, job, seen, question)
                 else:
                     raw = self._from_trace(trace, scores[m], job)
-                raws.append(raw.back(view, *size))
+                raws.append(raw.back(view, *size, job.row.reduce == "sum"))
                 told(1)
         return _Answers(questions, wide(logits), raws)
 
@@ -132,8 +133,11 @@ class Task:
         more = [layer for job in served if job.row.records for layer in job.row.records(self.network.model)]
         return self.network.record(images, layers, needs_input, attention, more)
 
-    def _scores(self, trace: Trace, question: Question) -> Tensor:
-        """The scores (N,), and all their gradients that the methods will look up: one backward pass a ReLU rule."""
+    def _scores(self, trace: Trace, question: Question, more: int) -> Tensor:
+        """The scores (N,), and all their gradients that the methods will look up: one backward pass a ReLU rule.
+
+        The last backward pass frees the graph on its way, unless a method needs it, or more questions follow.
+        """
         scores = question.of(trace.logits)
         needed: dict[str, list[str]] = {}
         reading = [job for job in self.jobs if job.row.kind in ("cam", "input")]
@@ -148,8 +152,10 @@ class Task:
                 names += [] if INPUT in names else [INPUT]
         if any(job.row.attention for job in reading):
             needed["plain"] = [*needed.get("plain", []), *trace.attention]
+        more += len(needed) + any(job.row.kind == "layer" or job.row.records or job.row.attention for job in self.jobs)
         for rule, names in needed.items():
-            trace.gradients(scores, rule, of=names)
+            more -= 1
+            trace.gradients(scores, rule, of=names, keep=more > 0)
         return scores
 
     def _rule(self, job: Job) -> Callable[..., Tensor]:
@@ -200,9 +206,9 @@ class _Raw:
     maps: Tensor  # (L, N, H, W)
     channels: Tensor | None = None  # (N, C, H, W)
 
-    def back(self, view: View, height: int, width: int) -> _Raw:
-        channels = None if self.channels is None else view.back(self.channels, height, width)
-        return _Raw(view.back(self.maps, height, width), channels)
+    def back(self, view: View, height: int, width: int, shares: bool) -> _Raw:
+        channels = None if self.channels is None else view.back(self.channels, height, width, shares)
+        return _Raw(view.back(self.maps, height, width, shares), channels)
 
     def plus(self, other: _Raw) -> _Raw:
         both = self.channels is not None and other.channels is not None

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import chain
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +45,7 @@ class Trace:
     logits: Tensor  # (N, K)
     features: Mapping[str, Tensor]  # layer -> (N, C, h, w), as it left the layer
     inputs: bool  # the graph reaches down to the images
-    attention: Mapping[str, Tensor] = field(default_factory=dict)  # "attention.0" -> (N, heads, T, T), if asked for
+    attention: Mapping[str, Tensor] = field(default_factory=dict)  # "(attention 0)" -> (N, heads, T, T), if asked for
     grid: tuple[int, int] | None = None  # (h, w) of tokens, as it was given
     told: set[str] = field(default_factory=set)  # warnings given: each is said once
     places: Mapping[str, tuple[nn.Module, int]] = field(default_factory=dict)  # layer -> module, which of its calls
@@ -60,15 +62,16 @@ class Trace:
             return picked if against is None else picked - self._logits_of("against", against)
 
     def gradients(
-        self, scores: Tensor, relu_rule: str = "plain", of: Sequence[str] | None = None
+        self, scores: Tensor, relu_rule: str = "plain", of: Sequence[str] | None = None, keep: bool = True
     ) -> Mapping[str, Tensor]:
         """The gradient of the scores at the input and at every layer: {"input": (N, C, H, W), layer: (N, C, h, w)}.
 
-        Of a trace that holds attention, at every matrix as well: {"attention.0": (N, heads, T, T)}.
+        Of a trace that holds attention, at every matrix as well: {"(attention 0)": (N, heads, T, T)}.
 
         scores: (N,) or a scalar, made of this trace's `logits` (`scores()` does it); their sum is differentiated.
         relu_rule: "plain"; "guided" (Springenberg et al. 2015); "deconvnet" (Zeiler and Fergus 2014), on the way down.
         of: compute these names alone. Without it, all, in one backward pass.
+        keep: False frees the graph on the way, for speed and room: no more gradients can be asked of this trace.
         What was computed for the same tensor and rule is kept and not computed again.
 
         >>> trace = record(model, images, layers=["layer3"])
@@ -89,13 +92,15 @@ class Trace:
         _, kept = self._kept.setdefault((id(scores), relu_rule), (scores, _ByLayer()))  # holding it keeps its id
         missing = [name for name in (sources if of is None else of) if name not in kept]
         if missing:
-            kept.update(self._differentiate(scores, relu_rule, {name: sources[name] for name in missing}))
+            kept.update(self._differentiate(scores, relu_rule, {name: sources[name] for name in missing}, keep))
         return kept
 
-    def _differentiate(self, scores: Tensor, relu_rule: str, sources: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _differentiate(
+        self, scores: Tensor, relu_rule: str, sources: dict[str, Tensor], keep: bool
+    ) -> dict[str, Tensor]:
         plainly = torch.autocast(scores.device.type, enabled=False)  # the forward pass alone is autocast
         with torch.inference_mode(False), torch.enable_grad(), plainly:
-            found, left = differentiate(scores, list(sources.values()), relu_rule)
+            found, left = differentiate(scores, list(sources.values()), relu_rule, keep)
         gradients = {}
         for name, gradient in zip(sources, found, strict=True):
             if gradient is None:
@@ -134,6 +139,28 @@ def check_classes(argument: str, classes: Tensor, k: int) -> None:
         raise ClearwingError(argument, int(outside[0]), f"the model has {k} classes, 0 to {k - 1}")
 
 
+class _OtherLayoutError(RuntimeError):
+    """The network takes no channels-last pictures; it is known now, so that a second try gives it what it takes."""
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def in_its_layout(work: Callable[P, T]) -> Callable[P, T]:
+    """Let work that runs a model be tried again where the model turned out not to take channels-last pictures."""
+
+    @wraps(work)
+    def tried(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return work(*args, **kwargs)
+        except _OtherLayoutError:
+            return work(*args, **kwargs)
+
+    return tried
+
+
+@in_its_layout
 def record(
     model: nn.Module,
     images: Tensor | Batch,
@@ -161,6 +188,7 @@ def record(
 
     Works on frozen networks, under the caller's `no_grad` and `inference_mode`, and inside `autocast`. Nothing of the
     caller's changes: not `.grad`, `requires_grad`, modes, buffers, hooks, the state of the random generators, images.
+    (That state belongs to the whole process: what another thread draws meanwhile, it draws again.)
 
     >>> trace = record(torchvision.models.resnet18().eval(), torch.rand(2, 3, 64, 64), ["layer4"], inputs=False)
     >>> trace.features["layer4"].shape
@@ -184,7 +212,7 @@ def record(
         nonlocal cut
         if threading.get_ident() != owner:  # another thread runs the same model
             return None
-        layout = layout_of(output, seen, grid)
+        layout = layout_of(output, seen, grid, model, module)
         if layout is None or output.is_inference():
             raise refused(names[module], output, seen)
         if not inputs and (cut or not output.requires_grad):
@@ -211,7 +239,7 @@ def record(
     if (wanted or inputs) and not logits.requires_grad:
         mend = "the forward pass disables gradients inside, or does not use the layer's output; name a later layer"
         raise ClearwingError("model", f"the logits of {type(model).__name__} have no graph", mend)
-    kept = {f"attention.{i}": A for i, A in enumerate(matrices.kept)}
+    kept = {f"(attention {i})": A for i, A in enumerate(matrices.kept)}
     places = {name: (m, range(len(outputs[m]))[-1 if call is None else call]) for name, (m, call) in wanted.items()}
     return Trace(model, images, logits, features, inputs, kept, grid, told, places, absent)
 
@@ -223,16 +251,27 @@ def run(
 
     answers: how many logits there must be, where a hook makes another number of the N pictures.
     """
+    layout = torch.contiguous_format if model in _CONTIGUOUS else _layout(images)
     with torch.random.fork_rng([images.device] if images.is_cuda else []):
-        given = images.clone(memory_format=_layout(images))  # a model that writes on its input writes on this one
-        with _StandIns(model, parameters) if parameters else nullcontext():
-            logits = model(given)
+        given = images.clone(memory_format=layout)  # a model that writes on its input writes on this one
+        try:
+            with _StandIns(model, parameters) if parameters else nullcontext():
+                logits = model(given)
+        except RuntimeError as error:
+            if layout == torch.contiguous_format or "view size is not compatible" not in str(error):
+                raise
+            _CONTIGUOUS.add(model)  # it calls x.view(n, -1), as many do
+            raise _OtherLayoutError(str(error)) from error
     n = len(images) if answers is None else answers
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != n:
         what = f"{tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         mend = "clearwing.wrap(module, output=...) makes a Classifier of networks with other outputs"
         raise ClearwingError("model", f"it gives {what}, not logits ({n}, K)", mend)
     return logits
+
+
+_CONTIGUOUS: WeakSet[nn.Module] = WeakSet()
+"""Networks that fail on channels-last pictures."""
 
 
 class _StandIns(TorchFunctionMode):

@@ -28,10 +28,17 @@ class View:
             images = fine.to(images.dtype)
         return images.flip(-1) if self.flip else images
 
-    def back(self, maps: Tensor, height: int, width: int) -> Tensor:
-        """Maps (..., h, w) of what this view showed, at (height, width) of the picture, the right way round."""
+    def back(self, maps: Tensor, height: int, width: int, shares: bool = False) -> Tensor:
+        """Maps (..., h, w) of what this view showed, at (height, width) of the picture, the right way round.
+
+        shares: of values that share something out, which are fewer or more here than there, their sum is kept.
+        """
         maps = maps.flip(-1) if self.flip else maps
-        return maps if maps.shape[-2:] == (height, width) else upsample(maps, height, width)
+        h, w = maps.shape[-2:]
+        if (h, w) == (height, width):
+            return maps
+        fine = upsample(maps, height, width)
+        return fine * (h * w / (height * width)) if shares else fine
 
 
 PLAIN = View()
@@ -45,6 +52,8 @@ def views(average: Sequence[str | float]) -> list[View]:
     scales, flips = [1.0], [False]
     if isinstance(average, str | int | float):
         average = (average,)
+    if not isinstance(average, Sequence):
+        raise ClearwingError("average", average, 'give "flip" and scales such as 0.75, as in ("flip", 0.75, 1.25)')
     for item in average:
         if item == "flip":
             flips = [False, True]
