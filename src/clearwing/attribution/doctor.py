@@ -300,9 +300,10 @@ def _lines(d: Diagnosis) -> Iterator[str]:
 
 def _verdict(d: Diagnosis) -> str:
     counts = Counter(one.verdict for one in d.checks)
-    tried = f"{counts['passed']} of {counts['passed'] + counts['failed']} identities hold"
+    held = counts["passed"] + counts["warning"]
+    tried = f"{held} of {held + counts['failed']} identities hold"
     failed = sum(finding.verdict == "failed" for finding in d.findings)
-    warned = len(d.findings) - failed
+    warned = len(d.findings) - failed + counts["warning"]
     parts = [tried if d.checks else "the identities were not tried"]
     parts += [_count(failed, "fault", "faults")] if failed else []
     parts += [_count(warned, "warning", "warnings")] if warned else []
@@ -351,7 +352,8 @@ def _check_lines(d: Diagnosis) -> Iterator[str]:
         if check.verdict == "not applicable":
             yield from _wrapped("  -      ", f"{check.name}: not applicable, {check.about}")
             continue
-        line = f"  {check.verdict} {check.name:<{width}} {_figure(check.error):>7}  {_figure(check.tolerance):>7}"
+        verdict = "warned" if check.verdict == "warning" else check.verdict  # six letters each
+        line = f"  {verdict} {check.name:<{width}} {_figure(check.error):>7}  {_figure(check.tolerance):>7}"
         beside = len(line) + len(check.about) < WIDTH
         yield f"{line}  {check.about}".rstrip() if beside else line.rstrip()
         yield from () if beside else _wrapped("         ", check.about)
