@@ -249,8 +249,9 @@ def near(word: str, words: Sequence[str], most: int = 3) -> str:
     """The known words most like `word`, for the mend of an error: "did you mean a, b?" or all of a short list."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, words, n=most, cutoff=0.5)
+    written = {known.lower(): known for known in words}
+    close = get_close_matches(word.lower(), written, n=most, cutoff=0.5)
     if close:
-        return f"did you mean {', '.join(close)}?"
+        return f"did you mean {', '.join(written[one] for one in close)}?"
     shown = ", ".join(list(words)[:40])
-    return f"choose one of {shown}{' ...' if len(words) > 20 else ''}"
+    return f"choose one of {shown}{' ...' if len(words) > 40 else ''}"

@@ -486,3 +486,14 @@ def test_rounding_that_moves_maps_far_is_a_warning_and_float64_sees_all_pictures
     assert [one.verdict for one in found] == ["warning", "failed", "passed"]
     assert found[0].about == f"float32 rounding moves maps by {error:.0e} (saliency)"
     assert (found[0].error, found[0].mend[:19]) == (error, "in float64 it holds")
+
+
+def test_probabilities_and_a_head_of_zeros_are_named() -> None:
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pooled, nn.Linear(4, 3), nn.Softmax(1))
+    found = [finding.about for finding in examine(net.eval(), torch.rand(2, 3, 16, 16)).findings]
+    assert any("the outputs are probabilities" in about for about in found)
+    nn.init.zeros_(net[3].weight)
+    found = [finding.about for finding in examine(net[:4].eval(), torch.rand(2, 3, 16, 16)).findings]
+    assert not any("probabilities" in about for about in found)
+    assert any("the logits are the same for all pictures" in about for about in found)

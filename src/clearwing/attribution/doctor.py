@@ -231,6 +231,16 @@ def _of_the_pass(seen: Seen) -> Iterator[Finding]:
     if not seen.graph:
         about = "the logits have no graph down to the pictures: the forward pass detaches, or disables gradients"
         yield Finding("failed", about, "take torch.no_grad, detach and numpy out of the forward pass")
+    logits = seen.logits.double()
+    if logits.shape[1] > 1 and (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-4).all():
+        about = "the outputs are probabilities, as a softmax gives them, where logits are expected"
+        mend = (
+            "leave the softmax out: gradients fade where the network is sure, and a softmax is taken of what it gives"
+        )
+        yield Finding("warning", about, mend)
+    if len(logits) > 1 and (logits == logits[:1]).all():
+        about = "the logits are the same for all pictures: no map holds evidence, and identities hold for nothing"
+        yield Finding("warning", about, "load trained weights; some networks start with a head of zeros")
 
 
 def _of_layers(refused: dict[str, str], layers: Sequence[str]) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clearwing.attribution.methods import explain as explain_batch
-from clearwing.config import ExplainConfig, comma_list
+from clearwing.config import ExplainConfig, as_json, comma_list
 from clearwing.data.loader import Pictures
 from clearwing.data.preprocess import read_picture, restore
 from clearwing.jobs import inputs
@@ -58,6 +58,7 @@ def explain(config: ExplainConfig) -> dict[str, Any]:
         "model": loaded.name,
         "out": str(out),
         "methods": list(rows[0]["status"]) if rows else [],
+        "settings": as_json(config),
         "pictures": rows,
         "empty_maps": empty,
         "skipped": len(skipped),
@@ -105,24 +106,37 @@ def _number(text: str) -> Any:
 def write_maps(out: Path, first: int, found: dict[str, Explanation]) -> list[dict[str, Any]]:
     """The raw maps of a batch, a file for each method, named by its first picture; a row a picture."""
     files = [item.save(out / f"{key}.{first:08}.safetensors") for key, item in found.items()]
-    rows = []
-    for i, key in enumerate(next(iter(found.values())).keys):
-        status = {}
-        for name, item in found.items():
-            for m, code in enumerate(item.status[i].tolist()):
-                status[name if item.maps.shape[1] == 1 else f"{name}.{m + 1}"] = Status(code).name.lower()
-        rows.append(_row(key, i, found, status, [str(path.relative_to(out)) for path in files]))
-    return rows
+    names = [str(path.relative_to(out)) for path in files]
+    return [_row(key, i, found, names) for i, key in enumerate(next(iter(found.values())).keys)]
 
 
-def _row(key: str, i: int, found: dict[str, Explanation], status: dict[str, str], files: list[str]) -> dict[str, Any]:
+def map_name(key: str, item: Explanation, m: int) -> str:
+    """What the m-th map of a picture is called: by its method and layer, and by its place where there are several."""
+    return key if item.maps.shape[1] == 1 else f"{key}.{m + 1}"
+
+
+def asked_for(item: Explanation, i: int, m: int) -> str:
+    """The class of a map with its probability, and the class that it is held against: "cat 86% vs dog 2%"."""
+
+    def said(k: int) -> str:
+        name = name_of(k, item.class_names) if item.class_names else f"class {k}"
+        return f"{name} {float(item.probabilities[i, k]):.0%}"
+
+    if int(item.classes[i, m]) < 0:
+        return "target"
+    return said(int(item.classes[i, m])) + ("" if item.against is None else f" vs {said(int(item.against[i, m]))}")
+
+
+def _row(key: str, i: int, found: dict[str, Explanation], files: list[str]) -> dict[str, Any]:
     first = next(iter(found.values()))
     k = int(first.predicted[i])
+    maps = [(map_name(name, item, m), item, m) for name, item in found.items() for m in range(item.maps.shape[1])]
     return {
         "picture": key,
         "predicted": name_of(k, first.class_names),
         "probability": float(first.probabilities[i, k]),
-        "status": status,
+        "explains": {name: asked_for(item, i, m) for name, item, m in maps},
+        "status": {name: Status(int(item.status[i, m])).name.lower() for name, item, m in maps},
         "files": files,
     }
 
@@ -152,23 +166,18 @@ def write_batch(
     for i, sample in enumerate(part.samples):
         picture = read_picture(sample.source)
         stem = stems[sample.key]
-        tiles, captions, status, files = [draw.to_rgb(picture)], [stem.name], {}, []
+        tiles, captions, files = [draw.to_rgb(picture)], [stem.name], []
         for key, item in found.items():
             for m in range(item.maps.shape[1]):
-                k = int(item.classes[i, m])
-                name = key if item.maps.shape[1] == 1 else f"{key}.{m + 1}"
                 drawn = (draw.edges if edges else draw.overlay)(picture, full[key][i][m])
-                path = draw.save_png(drawn, out / stem.with_name(f"{stem.name}.{name}.png"))
-                label = name_of(k, item.class_names) if k >= 0 else "target"
-                share = f" {float(item.probabilities[i, k]):.0%}" if k >= 0 else ""
+                path = draw.save_png(drawn, out / stem.with_name(f"{stem.name}.{map_name(key, item, m)}.png"))
                 state = Status(int(item.status[i, m])).name.lower()
                 tiles.append(drawn)
-                captions.append(f"{key}\n{label}{share}" + ("" if state == "ok" else f" ({state})"))
-                status[name] = state
+                captions.append(f"{key}\n{asked_for(item, i, m)}" + ("" if state == "ok" else f" ({state})"))
                 files.append(str(path.relative_to(out)))
             one = item.picture(i)
             files.append(str(one.save(out / stem.with_name(f"{stem.name}.{key}.safetensors")).relative_to(out)))
         sheet = draw.montage(tiles, captions, columns=min(len(tiles), 6))
         files.append(str(draw.save_png(sheet, out / stem.with_name(f"{stem.name}.png")).relative_to(out)))
-        rows.append(_row(sample.key, i, found, status, files))
+        rows.append(_row(sample.key, i, found, files))
     return rows
