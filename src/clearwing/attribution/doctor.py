@@ -239,7 +239,7 @@ def _of_the_pass(seen: Seen) -> Iterator[Finding]:
         )
         yield Finding("warning", about, mend)
     if len(logits) > 1 and (logits == logits[:1]).all():
-        about = "the logits are the same for all pictures: no map holds evidence, and identities hold for nothing"
+        about = "the logits are the same for all pictures: no map holds evidence, and every identity holds"
         yield Finding("warning", about, "load trained weights; some networks start with a head of zeros")
 
 
