@@ -18,6 +18,9 @@ from clearwing.run import check_free, make_folder, plain, write_json
 from clearwing.show import draw
 from clearwing.types import ClearwingError, Explanation, Status
 
+TILE = 320
+"""Width of a picture on the sheet, in pixels."""
+
 
 def explain(config: ExplainConfig) -> dict[str, Any]:
     """Explain pictures, a block of them at a time; returns what the command prints."""
@@ -116,7 +119,7 @@ def map_name(key: str, item: Explanation, m: int) -> str:
 
 
 def asked_for(item: Explanation, i: int, m: int) -> str:
-    """The class of a map with its probability, and the class that it is held against: "cat 86% vs dog 2%"."""
+    """The class of a map with its probability, and the class that it is held against: "cat 86% against dog 2%"."""
 
     def said(k: int) -> str:
         name = name_of(k, item.class_names) if item.class_names else f"class {k}"
@@ -124,7 +127,7 @@ def asked_for(item: Explanation, i: int, m: int) -> str:
 
     if int(item.classes[i, m]) < 0:
         return "target"
-    return said(int(item.classes[i, m])) + ("" if item.against is None else f" vs {said(int(item.against[i, m]))}")
+    return said(int(item.classes[i, m])) + ("" if item.against is None else f" against {said(int(item.against[i, m]))}")
 
 
 def _row(key: str, i: int, found: dict[str, Explanation], files: list[str]) -> dict[str, Any]:
@@ -166,18 +169,23 @@ def write_batch(
     for i, sample in enumerate(part.samples):
         picture = read_picture(sample.source)
         stem = stems[sample.key]
-        tiles, captions, files = [draw.to_rgb(picture)], [stem.name], []
+        tiles, files = [draw.to_rgb(picture)], []
+        captions = [f"{stem.name}\neach map scaled by itself;\nred for the class, blue against"]
         for key, item in found.items():
             for m in range(item.maps.shape[1]):
                 drawn = (draw.edges if edges else draw.overlay)(picture, full[key][i][m])
                 path = draw.save_png(drawn, out / stem.with_name(f"{stem.name}.{map_name(key, item, m)}.png"))
                 state = Status(int(item.status[i, m])).name.lower()
                 tiles.append(drawn)
-                captions.append(f"{key}\n{asked_for(item, i, m)}" + ("" if state == "ok" else f" ({state})"))
+                asked = asked_for(item, i, m).replace(" against ", "\nagainst ")
+                captions.append(f"{key}\n{asked}" + ("" if state == "ok" else f" ({state}: no evidence)"))
                 files.append(str(path.relative_to(out)))
             one = item.picture(i)
             files.append(str(one.save(out / stem.with_name(f"{stem.name}.{key}.safetensors")).relative_to(out)))
-        sheet = draw.montage(tiles, captions, columns=min(len(tiles), 6))
+        height, width = tiles[0].shape[:2]
+        sheet = draw.montage(
+            tiles, captions, columns=min(len(tiles), 6), size=(TILE * height // width, TILE), font_size=17
+        )
         files.append(str(draw.save_png(sheet, out / stem.with_name(f"{stem.name}.png")).relative_to(out)))
         rows.append(_row(sample.key, i, found, files))
     return rows
