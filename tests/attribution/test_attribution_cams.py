@@ -80,7 +80,7 @@ def test_weights_whose_denominator_is_zero_are_zero() -> None:
 def test_small_and_large_gradients_in_float32() -> None:
     A, G = (of.float() for of in activation_and_gradient("layer2"))
     G = G.abs() * 1e-20  # its third power is 0 in float32
-    assert torch.allclose(cams.grad_cam_plus_plus(A, G) * 1e20, cams._weighted(G.sum((2, 3)) * 1e20 / 2, A))
+    assert torch.allclose(cams.grad_cam_plus_plus(A, G) * 1e20, cams.weighted(G.sum((2, 3)) * 1e20 / 2, A))
     large = cams.eigengrad_cam(A, G * 1e20)
     assert torch.allclose(cams.eigengrad_cam(A, G * 1e-10) * 1e30, large, rtol=1e-4)
     assert torch.allclose(cams.eigengrad_cam(A, G * 1e20 * 1e30) / 1e30, large, rtol=1e-4)

@@ -18,7 +18,7 @@ from clearwing.types import ClearwingError
 
 def grad_cam(A: Tensor, G: Tensor) -> Tensor:
     """Grad-CAM, Selvaraju et al. 2017: alpha_k = mean_ij G^k_ij (eq. 1), sum_k alpha_k A^k (eq. 2 less its ReLU)."""
-    return _weighted(G.mean((2, 3)), A)
+    return weighted(G.mean((2, 3)), A)
 
 
 def grad_cam_plus_plus(A: Tensor, G: Tensor) -> Tensor:
@@ -32,13 +32,13 @@ def grad_cam_plus_plus(A: Tensor, G: Tensor) -> Tensor:
     """
     below = 2 + A.sum((2, 3), keepdim=True) * G
     alpha = torch.where(below == 0, 0, 1 / below)  # G = 0 has a weight of 0 either way
-    return _weighted((alpha * G.clamp(min=0)).sum((2, 3)), A)
+    return weighted((alpha * G.clamp(min=0)).sum((2, 3)), A)
 
 
 def xgrad_cam(A: Tensor, G: Tensor) -> Tensor:
     """XGrad-CAM, Fu et al. 2020: w_k = sum_ij (A^k_ij / sum_ab A^k_ab) G^k_ij, 0 where that sum is 0."""
     total = A.sum((2, 3))
-    return _weighted(torch.where(total == 0, 0, (A * G).sum((2, 3)) / total), A)
+    return weighted(torch.where(total == 0, 0, (A * G).sum((2, 3)) / total), A)
 
 
 def hires_cam(A: Tensor, G: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def cam(trace: Trace, scores: Tensor, layer: str) -> Tensor:
         (slope,), _ = differentiate(scores, [trace.logits])  # (N, K)
     if slope is None:
         raise ClearwingError("target", "scores", "they do not depend on the logits")
-    return _weighted(wide(slope) @ weight, wide(trace.features[layer]))
+    return weighted(wide(slope) @ weight, wide(trace.features[layer]))
 
 
 def linear_head(trace: Trace, layer: str) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def linear_head(trace: Trace, layer: str) -> tuple[Tensor, Tensor]:
     raise ClearwingError("layer", f"{layer}: {what}", mend)
 
 
-def _weighted(w: Tensor, A: Tensor) -> Tensor:
+def weighted(w: Tensor, A: Tensor) -> Tensor:
     """sum_k w_k A^k: (N, C) and (N, C, h, w) -> (N, h, w)."""
     return (w[:, None] @ A.flatten(2)).unflatten(2, A.shape[2:])[:, 0]
 

@@ -1,6 +1,6 @@
 """A network's modules: taken out of wrappers, refused where a recording would be wrong, named, and hooked.
 
-All hooks of the library go through `hooked`.
+All hooks on modules go through `hooked`.
 """
 
 from __future__ import annotations

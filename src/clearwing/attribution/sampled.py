@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clearwing.attribution.cams import weighted
 from clearwing.attribution.modules import INPUT
 from clearwing.attribution.network import Network, check_count, wide
 from clearwing.attribution.targets import Question
@@ -90,7 +91,7 @@ def smooth_grad_cam_plus_plus(
     below = 2 * D2 + A.sum((2, 3), keepdim=True) * D3
     alpha = torch.where(below != 0, D2 / below, 0)
     w = (alpha * D1.clamp(min=0)).sum((2, 3))  # (N, C)
-    return (w[:, None] @ A.flatten(2)).unflatten(2, A.shape[2:])[:, 0]
+    return weighted(w, A)
 
 
 def integrated_gradients(
