@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 import torchcam
 from captum.attr import GuidedBackprop, GuidedGradCam, LayerAttribution, LayerGradCam, Saliency
+from common import alternate
 from PIL import Image
-from pipeline import alternate
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -43,8 +43,8 @@ from torchvision import models
 
 import clearwing as cw
 from clearwing.data import synthetic
-from clearwing.jobs.train import processor_name
-from clearwing.train.fit import has_bfloat16
+from clearwing.jobs.environment import processor_name
+from clearwing.train.devices import has_bfloat16
 
 SIZE, STREAMED, STAGES = 224, 64, ["layer2", "layer3", "layer4"]
 SIX = {  # ours: (pytorch-grad-cam's, TorchCAM's)

@@ -23,6 +23,7 @@ ALLOWED = {
     "train": {"types", "config", "data", "models", "measure"},
     "run": {"types", "config", "data", "models", "measure"},
     "jobs": {"types", "config", "data", "models", "measure", "attribution", "masks", "show", "train", "run"},
+    "__main__": {"cli"},
     "cli": {"types", "config"},  # jobs are imported by name when a command is called
     "__init__": {"types"},
 }

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_a_trained_run_loads(trained, photos):
     assert files <= {path.name for path in trained.iterdir()}
     assert not list(trained.rglob("*.part"))
     kept = torch.load(trained / "state.pt", weights_only=True)
-    assert kept["epoch"] == 2
+    assert (kept["fit"]["epoch"], kept["fit"]["batch"]) == (2, 0)
 
 
 def test_mean_and_std_are_those_of_the_training_pictures(trained, photos):
@@ -87,10 +88,10 @@ def test_a_seed_repeats_a_run_to_the_bit(photos, tmp_path, precision):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path, monkeypatch):
-    from clearwing.jobs import train as job
+    from clearwing.jobs.session import Session
 
     train(settings(photos, tmp_path / "whole", epochs=3))
-    save, saved = job._Session.save, []
+    save, saved = Session.save, []
 
     def die_after_two(self, state):
         save(self, state)
@@ -98,10 +99,10 @@ def test_a_killed_run_resumes_to_the_same_bits(photos, tmp_path, monkeypatch):
         if len(saved) == 2:
             raise SystemExit("killed")
 
-    monkeypatch.setattr(job._Session, "save", die_after_two)
+    monkeypatch.setattr(Session, "save", die_after_two)
     with pytest.raises(SystemExit, match="killed"):
         train(settings(photos, tmp_path / "part", epochs=3))
-    monkeypatch.setattr(job._Session, "save", save)
+    monkeypatch.setattr(Session, "save", save)
     result = train(settings(photos, tmp_path / "part", epochs=3, resume=True))
     assert result["json"]["epochs"] == 3
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "part"))
@@ -142,22 +143,26 @@ def test_a_run_under_a_time_budget_ends_in_time_and_replays_to_the_bit(photos, t
 
 
 def test_ctrl_c_saves_the_weights_and_exits_with_1(photos, tmp_path, monkeypatch):
-    from clearwing.jobs import train as job
+    from clearwing.jobs.session import Session
 
-    batches, calls = job._Session.batches, []
+    batches = Session.batches
 
-    def stop_in_the_second_epoch(self, epoch):
-        calls.append(epoch)
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return batches(self, epoch)
+    def stop_in_the_second_epoch(self, epoch, start):
+        for batch in batches(self, epoch, start):
+            if epoch == 1:
+                signal.raise_signal(signal.SIGINT)
+            yield batch
 
-    monkeypatch.setattr(job._Session, "batches", stop_in_the_second_epoch)
-    result = train(settings(photos, tmp_path / "run", epochs=5))
+    train(settings(photos, tmp_path / "whole", epochs=3))
+    monkeypatch.setattr(Session, "batches", stop_in_the_second_epoch)
+    result = train(settings(photos, tmp_path / "run", epochs=3))
     assert result["exit_code"] == 1
     assert result["json"]["interrupted"]
     assert "--resume" in result["text"]
     assert Run.load(tmp_path / "run").model(torch.rand(1, 3, 16, 16)).shape == (1, 3)
+    monkeypatch.setattr(Session, "batches", batches)
+    assert train(settings(photos, tmp_path / "run", epochs=3, resume=True))["exit_code"] == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
 def test_settings_come_back_from_config_json(photos, trained, tmp_path, capsys):

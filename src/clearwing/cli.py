@@ -19,6 +19,7 @@ from clearwing.types import ClearwingError
 
 COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
     "train": (configs.TrainConfig, "clearwing.jobs.train:train"),
+    "lr-find": (configs.LrFindConfig, "clearwing.jobs.lr_find:lr_find"),
     "evaluate": (configs.EvaluateConfig, "clearwing.jobs.evaluate:evaluate"),
     "predict": (configs.PredictConfig, "clearwing.jobs.evaluate:predict"),
     "explain": (configs.ExplainConfig, "clearwing.jobs.explain:explain"),
@@ -51,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that may not be written
         path = error.filename or argv[0]
         return _failed(ClearwingError("file", path, error.strerror or str(error), exit_code=1), as_json)
-    if result is None:
-        return 0
+    if "text" not in result:  # one of several processes, not the first
+        return int(result["exit_code"])
     print(json.dumps(result["json"]) if as_json else result["text"])
     return int(result.get("exit_code", 0))
 
@@ -77,7 +78,7 @@ def parse(argv: list[str]) -> tuple[str, configs.Common]:
 def _parse_settings(name: str, kind: type[configs.Common], argv: list[str]) -> configs.Common:
     import tyro
 
-    defaults = _stored_settings(kind, argv) if kind is configs.TrainConfig else {}
+    defaults = _stored_settings(kind, argv) if issubclass(kind, configs.TrainConfig) else {}
     written = io.StringIO()
     try:
         with contextlib.redirect_stderr(written):
@@ -85,7 +86,7 @@ def _parse_settings(name: str, kind: type[configs.Common], argv: list[str]) -> c
                 _with_defaults(kind, defaults),
                 prog=f"clearwing {name}",
                 args=argv,
-                config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+                config=(tyro.conf.HelptextFromCommentsOff,),
             )
     except SystemExit as stop:
         if stop.code in (0, None):
@@ -94,18 +95,24 @@ def _parse_settings(name: str, kind: type[configs.Common], argv: list[str]) -> c
 
 
 def _stored_settings(kind: type[configs.Common], argv: list[str]) -> dict[str, Any]:
-    """Settings from --config FILE, or with --resume from the run; not those that are about one call."""
-    path = _value_of("--config", argv)
+    """Settings from --recipe and --config FILE, or with --resume from the run; not those that are about one call."""
+    path, recipe = _value_of("--config", argv), _value_of("--recipe", argv)
     out = _value_of("--out", argv)
     if path is None and "--resume" in argv and out is not None and Path(out, "config.json").is_file():
         path = str(Path(out, "config.json"))
-    if path is None:
+    if path is not None and recipe is not None and "--resume" not in argv:
+        raise ClearwingError("--recipe", recipe, "give --recipe or --config, not both")
+    if path is not None:
+        settings = configs.from_file(kind, path)
+    elif recipe is not None:
+        settings = configs.from_recipe(recipe)
+    else:
         return {}
-    settings = configs.from_file(kind, path)
     lengths = {"--epochs": "epochs", "--time-budget": "time_budget", "--replay": "replay"}
     if any(_value_of(option, argv) is not None for option in lengths):  # what is given wins over its rivals, too
         settings = {key: item for key, item in settings.items() if key not in lengths.values()}
-    return {key: item for key, item in settings.items() if key not in ("resume", "overwrite", "json", "config")}
+    once = {"resume", "overwrite", "json", "config"} | ({"out"} if kind is configs.LrFindConfig else set())
+    return {key: item for key, item in settings.items() if key not in once}
 
 
 def _value_of(option: str, argv: list[str]) -> str | None:

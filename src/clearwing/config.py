@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -90,16 +91,21 @@ class TrainConfig(Source):
     """Train a residual network on DATA; writes the RUN directory.
 
     Example: clearwing train photos --model resnet14 --size 128 --time-budget 20m --out runs/photos
+    A recipe: clearwing train cifar10 --recipe cifar-resnet18-20 --out runs/cifar
     """
 
     data: Positional[str]
     """Class folders (train/ val/ test/ or one level), {class}_{id}.jpg files, Parquet, cifar10, cifar100 or demo."""
     out: str
     """The RUN directory to write."""
+    recipe: str | None = None
+    """Start from the settings of a recipe, by name or as a .toml file; what is given on the command line wins."""
     model: str = "resnet14"
     """resnet8/14/20/32/44/56/110 (the 6n+2 family), resnet18 or resnet34."""
     size: int | None = None
     """Side of the network's input in pixels. Default: CIFAR 32, demo 64, --weights imagenet 224, else 128."""
+    train_size: int | None = None
+    """Side of the crops that are trained on. Default: the size. A smaller one is quicker (Touvron et al. 2019)."""
     fit: Fit = "squash"
     """How a picture meets the size: squash both sides, crop the middle, or pad to a square."""
     channels: Literal[1, 3] = 3
@@ -112,8 +118,20 @@ class TrainConfig(Source):
     """Where the size halves: in a stage's first block, or in a 3x3 stride-2 convolution before the stage."""
     stem: Literal["cifar", "imagenet"] | None = None
     """Stem of resnet18/34. Default: cifar below 96 pixels, imagenet from there on and with --weights imagenet."""
+    residual: Literal["he", "zero", "dirac"] = "he"
+    """How residual branches begin: as He et al., silent (last norm zero), or passing their input on (dirac)."""
+    whiten: bool = False
+    """Begin the first convolution with filters that whiten the training pictures' patches."""
     weights: str | None = None
     """Start from these: imagenet (resnet18/34), or a weights file."""
+    freeze: int = 0
+    """Keep so many stages as they are, counted from the stem (stem, layer1, layer2 ...)."""
+    thaw: int = 0
+    """Free one more frozen stage every so many epochs, the last first; 0: they stay frozen."""
+    layer_decay: float = 1.0
+    """Each stage further from the head learns so many times as fast as the one above it."""
+    head_factor: float = 1.0
+    """The head learns so many times as fast as --lr says."""
     epochs: int | None = None
     """Train so many passes over the pictures. Default: 60, or 30 when fine-tuning, unless --time-budget is given."""
     time_budget: str | None = None
@@ -122,30 +140,58 @@ class TrainConfig(Source):
     """Under a time budget: follow the share used, or time the first epoch and plan 80 % of what fits."""
     replay: str | None = None
     """Repeat a run under a time budget step by step from its plan.json."""
-    batch_size: int | None = None
-    """Pictures a step. Default: a sixteenth of the pictures, as a power of two between 16 and 128."""
+    batch_size: int | Literal["auto"] | None = None
+    """Pictures a batch, over all devices; auto: as many as fit the memory. Default: a sixteenth, from 16 to 128."""
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
     optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
-    """SGD has Nesterov momentum."""
+    """The optimiser."""
     lr: float | None = None
     """Peak learning rate. Default: 0.2 x batch / 128 for sgd (a tenth when fine-tuning), 0.001 for adam, adamw."""
     momentum: float = 0.9
     """Momentum of sgd."""
+    nesterov: bool = True
+    """Nesterov's form of it."""
     weight_decay: float = 5e-4
     """L2 penalty (decoupled for adamw) on weights; biases and norms are left alone."""
     schedule: Literal["one-cycle", "cosine", "step", "constant"] = "one-cycle"
     """How the learning rate moves over the run."""
+    warmup: float | None = None
+    """Share of the run in which it rises. Default: 0.25 for one-cycle, 0.05 for cosine."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes (Szegedy et al. 2016)."""
+    ema: float = 0.0
+    """Keep an average of the weights with this decay a step, such as 0.99, and hand it on; 0: none."""
+    sam: float = 0.0
+    """Radius of sharpness-aware minimisation (Foret et al. 2021), such as 0.05; twice the time; 0: none."""
+    clip: float = 0.0
+    """Largest norm of the gradient; 0: no limit."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: the loss of a class weighs the more, the fewer its pictures."""
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    """balanced: every class comes equally often in an epoch, however few its pictures."""
+    patience: int = 0
+    """End after so many epochs without a lower loss on the watched split; 0: never."""
     crop: Literal["auto", "resized", "padded", "none"] = "auto"
     """resized: part of the picture, rescaled; padded: shifted by --padding. Auto: padded for CIFAR, else resized."""
     crop_scale: float = 0.35
     """Smallest share of the picture's area that a resized crop keeps."""
     padding: int = 4
     """Pixels that a padded crop may shift."""
-    flip: bool = True
-    """Mirror half of the pictures left to right."""
+    padding_mode: Literal["zero", "reflect"] = "zero"
+    """What comes in at the border of a padded crop."""
+    flip: Literal["random", "alternate", "none"] = "random"
+    """Mirror half of the pictures: drawn anew, or each picture in every second epoch (Jordan 2024)."""
     cutout: int = 0
     """Side of a square painted in the mean colour (DeVries and Taylor 2017); 0: none."""
+    cutout_off: float = 0.0
+    """Share of the run, at its end, without cutout."""
+    auto_augment: Literal["none", "trivial", "rand"] = "none"
+    """TrivialAugment (Mueller and Hutter 2021) or RandAugment (Cubuk et al. 2020), on top of the rest."""
+    mixup: float = 0.0
+    """Alpha of mixup (Zhang et al. 2018); 0: none."""
+    cutmix: float = 0.0
+    """Alpha of CutMix (Yun et al. 2019); 0: none."""
     jitter: float = 0.3
     """Strength of random brightness, contrast and saturation; 0: none."""
     rotate: float = 0.0
@@ -160,8 +206,20 @@ class TrainConfig(Source):
     """auto: bfloat16 where the processor has it, else float32."""
     threads: int | None = None
     """CPU threads. Default: all."""
+    devices: int = 1
+    """Processes on this machine, each with a device of its own (torchrun and SLURM are found by themselves)."""
+    nodes: int = 1
+    """Machines."""
+    compile: bool = False
+    """Compile the network (torch.compile); goes on without where that fails."""
+    stream: bool = False
+    """Read the pictures from Parquet shards as they are needed: for sets larger than the memory."""
     seed: int = 0
     """With --epochs, a run on the CPU with the same seed repeats to the bit."""
+    explain: int = 0
+    """Grad-CAM of so many watched pictures after every epoch, and the IoU of masks where there are; 0: none."""
+    save_every: str = "60s"
+    """The longest time that a killed run can lose; the state is saved after every epoch, too."""
     tensorboard: bool = True
     """Write TensorBoard logs into RUN/tensorboard."""
     resume: bool = False
@@ -170,6 +228,23 @@ class TrainConfig(Source):
     """Replace the run that RUN holds."""
     config: str | None = None
     """Take the settings of RUN/config.json; what is given on the command line wins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LrFindConfig(TrainConfig):
+    """Find a learning rate for `clearwing train` with the same settings: the LR range test, on training pictures alone.
+
+    Example: clearwing lr-find photos --model resnet14 --size 128 --out lr.png
+    """
+
+    out: str = ""
+    """Write the plot to this file (.png or .svg), and what it shows to a .json beside it. Default: nothing is written."""
+    low: float = 1e-6
+    """The first learning rate; it grows by the same factor at every step."""
+    high: float = 10.0
+    """The last learning rate; the test ends before it where the loss diverges."""
+    steps: int = 100
+    """Steps from the one to the other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +259,8 @@ class EvaluateConfig(Source):
     """Which part of DATA: train, val, test, or all of it."""
     weights: Literal["last", "best"] = "last"
     """The last weights, or the best on val (never a headline on val itself)."""
+    flip: bool = False
+    """Also score the mean of what the network says of each picture and of its mirror image."""
     masks: str | None = None
     """Folder of true masks: also segment and score them."""
     batch_size: int = 128
@@ -304,18 +381,28 @@ class SegmentConfig(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Source):
-    """Write RUN/report.html: curves, per-class accuracy, the misclassified with their Grad-CAM, masks."""
+    """Write RUN/report.html: curves, accuracy by class, the misclassified with Grad-CAM, masks; or compare runs.
+
+    Examples: clearwing report runs/photos
+              clearwing report runs/one runs/two
+    """
 
     run: Positional[str]
     """A RUN directory."""
     data: Positional[str | None] = None
-    """Pictures. Default: what the run was trained on."""
+    """Pictures (default: what the run was trained on), or a second RUN to set beside the first."""
+    more: Positional[tuple[str, ...]] = ()
+    """Further RUNs to compare with."""
     split: str | None = None
-    """Which part of DATA the galleries show. Default: the one the run watched."""
+    """Which part of DATA the galleries show. Default: the one the run watched; when comparing, all scored ones."""
     most: int = 24
     """Pictures a gallery."""
     larger_than: int | None = None
     """Grad-CAM's layer: the deepest whose map is larger than N x N. Default: the last one with spatial extent."""
+    out: str | None = None
+    """The HTML file to write. Default: RUN/report.html, or RUN/compare.html for a comparison."""
+    overwrite: bool = False
+    """Replace the file that --out names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,6 +450,24 @@ def split_settings(config: TrainConfig) -> dict[str, Any]:
     return {"val_fraction": val, "test_fraction": config.test_fraction, "seed": config.seed}
 
 
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package: name -> the file."""
+    return {path.stem: path for path in sorted(Path(__file__).with_name("recipes").glob("*.toml"))}
+
+
+def from_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe, by name or as a .toml file; ClearwingError for what is no setting of train."""
+    known = recipes()
+    path = known.get(name, Path(name))
+    if not path.is_file():
+        raise ClearwingError("--recipe", name, f"{near(name, list(known))}; or give a .toml file")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ClearwingError("--recipe", name, f"cannot be read ({error})") from error
+    return _settings(TrainConfig, values, "--recipe", str(path))
+
+
 def from_file(kind: type[C], path: str | Path) -> dict[str, Any]:
     """The settings in a config.json that are fields of `kind`; unknown ones are refused with the near names."""
     try:
@@ -371,13 +476,17 @@ def from_file(kind: type[C], path: str | Path) -> dict[str, Any]:
         raise ClearwingError("--config", path, f"give a RUN/config.json ({error})") from error
     if not isinstance(values, dict):
         raise ClearwingError("--config", path, "give a JSON object of settings, as in RUN/config.json")
-    values = values.get("train", values)
+    return _settings(kind, values.get("train", values), "--config", path)
+
+
+def _settings(kind: type[Common], values: dict[str, Any], argument: str, path: str | Path) -> dict[str, Any]:
+    """The values as settings of `kind`; ClearwingError where a name or a type is none of it."""
     types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     for name, value in values.items():
         if name not in types:
-            raise ClearwingError("--config", f"{path}: {name}", near(name, list(types)))
+            raise ClearwingError(argument, f"{path}: {name}", near(name, list(types)))
         if not _is_a(value, types[name]):
-            raise ClearwingError("--config", f"{path}: {name} = {value!r}", f"give {types[name]}")
+            raise ClearwingError(argument, f"{path}: {name} = {value!r}", f"give {types[name]}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

@@ -11,17 +11,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import nn
 
 from clearwing.models.classifier import Classifier
 from clearwing.models.zoo import build
 from clearwing.types import ClearwingError, atomic_path
 
 WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}
-_FILES = ("config.json", "classes.json", "metrics.jsonl", "state.pt", "plan.json", "predictions.csv", "report.html")
+_FILES = ("config.json", "classes.json", "metrics.jsonl", "state.pt", "plan.json", "predictions.csv")
+_PAGES = ("report.html", "compare.html")
 _FOLDERS = {
     "evaluation": ("*.json", "*.csv"),
     "tensorboard": ("events.out.tfevents.*",),
-    "pictures": ("curves.png", "confusion.png", "per_class.png", "misclassified.png", "methods.png", "masks.png"),
+    "pictures": (
+        "curves.png",
+        "confusion.png",
+        "per_class.png",
+        "misclassified.png",
+        "methods.png",
+        "timeline.png",
+        "masks.png",
+    ),
+    "timeline": ("epoch_*.safetensors",),
 }
 
 
@@ -68,10 +79,15 @@ class Run:
     def clear(self) -> None:
         """Make the folder, and delete what an earlier run wrote there, by name; the user's own files stay."""
         make_folder(self.path, "--out")
-        gone = [self.file(name) for name in (*_FILES, *WEIGHTS.values())]
+        gone = [self.file(name) for name in (*_FILES, *_PAGES, *WEIGHTS.values())]
         for folder, patterns in _FOLDERS.items():
             gone += [file for pattern in patterns for file in self.file(folder).glob(pattern)]
         for file in gone:
+            file.unlink(missing_ok=True)
+
+    def sweep(self) -> None:
+        """Delete the temporary files of a process that was killed while it wrote."""
+        for file in self.path.rglob(".*.part"):
             file.unlink(missing_ok=True)
 
     def file(self, *names: str) -> Path:
@@ -116,7 +132,7 @@ class Run:
             raise ClearwingError("run", path, f"the weights do not fit config.json ({error})") from error
         return model.to(memory_format=torch.channels_last).eval()
 
-    def save_weights(self, model: Classifier, weights: str = "last") -> None:
+    def save_weights(self, model: nn.Module, weights: str = "last") -> None:
         state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
         with atomic_path(self.file(WEIGHTS[weights])) as temporary:
             temporary.write_bytes(save(state, metadata={"format": "pt", "by": "clearwing"}))

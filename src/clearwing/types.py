@@ -75,13 +75,17 @@ class Batch:
     labels: Tensor | None = None  # (N,) int64
     keys: tuple[str, ...] = ()  # N names, unique in their data set
     geometry: tuple[Geometry, ...] = ()  # N
+    targets: Tensor | None = None  # (N, K) shares of the classes, where pictures are mixed
 
     def __len__(self) -> int:
         return int(self.images.shape[0])
 
     def to(self, device: Any) -> Batch:
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
-        return replace(self, images=self.images.to(device, non_blocking=True), labels=labels)
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        images = self.images.to(device, non_blocking=True)
+        return replace(self, images=images, labels=moved(self.labels), targets=moved(self.targets))
 
 
 @dataclass(frozen=True)

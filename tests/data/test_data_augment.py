@@ -5,10 +5,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from clearwing.data import augment as A
-from clearwing.data.augment import Augment
+from clearwing.data import auto
+from clearwing.data.augment import Augment, Draw
 from clearwing.types import ClearwingError
 
 
@@ -33,6 +35,27 @@ EVERYTHING = Augment(
     hue=0.1,
     cutout=4,
 )
+ALL_SORTS = {
+    "everything": EVERYTHING,
+    "crop, alternating, trivial": Augment(crop_padding=2, alternate_flip=True, auto="trivial", cutout=4),
+    "crop to size, alternating, rand": Augment(resized_crop=(0.4, 1.0), size=10, alternate_flip=True, auto="rand"),
+    "size alone": Augment(size=7),
+}
+
+
+def draw(count, total=None, first=0, epoch=0, seed=0):
+    """The Draw of pictures first : first + count of a batch of `total`, which lies at 100 in the data set."""
+    return Draw(seeded(7), total or count, first, torch.arange(100 + first, 100 + first + count), epoch, seed)
+
+
+def coarse(images):
+    return (images * 255).to(torch.uint8)
+
+
+def assert_same(got, wanted, atol=1e-6):
+    """Equal but for pixels that `auto` rounds to 8 bits the other way; another decision would change whole pictures."""
+    assert got.shape == wanted.shape
+    assert ((got - wanted).abs() > atol).double().mean() < 0.02
 
 
 @pytest.mark.parametrize("mode", ["reflect", "zero"])
@@ -123,10 +146,10 @@ def test_cutout_covers_a_square_with_the_fill(side):
     assert torch.equal(rows * columns, changed.sum((1, 2)))  # one full rectangle
 
 
-def test_cutout_takes_the_mean_of_the_batch_unless_told():
+def test_cutout_takes_the_mean_of_each_picture_unless_told():
     images = noise(4)
     covered = A.cutout(images, seeded(), 24)
-    torch.testing.assert_close(covered[0, :, 6, 6], images.mean((0, 2, 3)))
+    torch.testing.assert_close(covered[:, :, 6, 6], images.mean((2, 3)))
     with pytest.raises(ClearwingError, match="fill"):
         A.cutout(images, seeded(), 4, (0.5, 0.5))
 
@@ -195,3 +218,103 @@ def test_settings_survive_json():
     again = Augment(**json.loads(json.dumps(asdict(EVERYTHING))))
     images = noise(4)
     assert torch.equal(again(images, seeded()), EVERYTHING(images, seeded()))
+
+
+@pytest.mark.parametrize("augment", ALL_SORTS.values(), ids=ALL_SORTS)
+def test_a_batch_in_two_parts_is_the_whole_batch(augment):
+    images = coarse(noise(9))
+    whole = augment(images, draw(9))
+    parts = [augment(images[first : first + 4], draw(4, 9, first)) for first in (0, 4)]
+    assert_same(torch.cat(parts), whole[:8])  # the ninth belongs to nobody
+
+
+@pytest.mark.parametrize("augment", ALL_SORTS.values(), ids=ALL_SORTS)
+def test_pictures_of_8_bits_come_out_as_floats_do(augment):
+    images = coarse(noise(6))
+    kept = images.clone()
+    got = augment(images, draw(6))
+    assert got.dtype == torch.float32
+    assert torch.equal(images, kept)
+    resized = augment.resized_crop or augment.size  # pictures of 8 bits may be resized to 8 bits
+    assert_same(got, augment(images.float() / 255, draw(6)), atol=3 / 255 if resized else 1e-6)
+
+
+def test_alternating_mirrors_every_picture_once_in_two_epochs():
+    images = noise(64)
+    augment = Augment(alternate_flip=True)
+    epochs = [augment(images, draw(64, epoch=epoch)) for epoch in range(4)]
+    mirrored = torch.stack([(seen != images).flatten(1).any(1) for seen in epochs])
+    assert torch.equal(mirrored[0], ~mirrored[1])
+    assert torch.equal(mirrored[:2], mirrored[2:])
+    assert 20 < mirrored[0].sum() < 44
+    for i, was in enumerate(mirrored[0]):
+        assert torch.equal(epochs[0][i], images[i].flip(2) if was else images[i])
+    assert not torch.equal(A.alternating(draw(64)), A.alternating(draw(64, seed=1)))
+    cropped = Augment(resized_crop=(1, 1), ratio=(1, 1), alternate_flip=True)(images, draw(64))
+    torch.testing.assert_close(cropped, epochs[0], atol=1e-5, rtol=0)
+
+
+def test_alternating_is_a_fair_coin_of_each_place_and_needs_the_places():
+    one = Draw(seeded(), 50_000, 0, torch.arange(50_000), 0)
+    coin = A.alternating(one).double()
+    assert abs(coin.mean() - 0.5) < 0.01  # 4.5 deviations
+    assert abs((coin[1:] == coin[:-1]).double().mean() - 0.5) < 0.01
+    with pytest.raises(ClearwingError, match="alternate_flip: True; it needs"):
+        Augment(alternate_flip=True)(noise(2), seeded())
+
+
+TORCHVISIONS = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}
+
+
+@pytest.mark.parametrize("policy", TORCHVISIONS)
+def test_the_operations_of_auto_are_torchvisions(policy):
+    smooth = torch.nn.functional.interpolate(noise(4, 3, 5), (24, 20), mode="bicubic").clamp(0, 1)
+    images = coarse(smooth)
+    peer = TORCHVISIONS[policy]()
+    space = peer._AUGMENTATION_SPACE
+    assert len(space) == len(auto.OPERATIONS)
+    reach = auto.reaches(policy, 24, 20)
+    bins = torch.tensor([0, 9, 14, 30])
+    for place, (name, (magnitudes, signed)) in enumerate(space.items()):
+        theirs = magnitudes(31, 24, 20)
+        for sign in (1, -1):
+            got = auto.operate(images, [place] * 4, sign * reach[place] * bins / 30)
+            for i, at in enumerate(bins):
+                m = 0.0 if theirs is None else float(theirs[at]) * (sign if signed else 1)
+                wanted = peer._apply_image_or_video_transform(images[i], name, m, interpolation="nearest", fill={})
+                # a level or two of rounding; a pixel whose source lies half-way may go the other way
+                far = (got[i].int() - wanted.int()).abs() > 2
+                assert far.float().mean() < 0.01, (name, sign, int(at))
+
+
+@pytest.mark.parametrize(("policy", "operations"), [("trivial", 1), ("rand", 2)])
+def test_auto_draws_for_each_picture_and_leaves_the_global_generator(policy, operations, monkeypatch):
+    seen = []
+    kept = auto.operate
+    monkeypatch.setattr(auto, "operate", lambda *given: seen.append(given[1:]) or kept(*given))
+    state = torch.get_rng_state()
+    images = coarse(noise(300, side=8))
+    first, second = (A.auto_augment(images, seeded(1), policy) for _ in range(2))
+    assert first.dtype == torch.uint8
+    assert torch.equal(first, second)
+    assert not torch.equal(first, A.auto_augment(images, seeded(2), policy))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(seen) == 3 * operations
+    places, magnitudes = seen[0]
+    assert set(places) == set(range(14))
+    turns = magnitudes[torch.tensor(places) == 5]
+    assert len(turns.unique()) > (8 if policy == "trivial" else 1)
+    assert turns.min() < 0 < turns.max()
+    if policy == "rand":
+        torch.testing.assert_close(turns.abs(), torch.full_like(turns, 9.0))
+
+
+def test_auto_takes_grey_pictures_and_refuses_other_names():
+    images = noise(60, 1)
+    got = Augment(auto="rand")(images, seeded())
+    assert got.shape == images.shape
+    assert got.dtype == torch.float32
+    assert got.min() >= 0
+    assert got.max() <= 1
+    with pytest.raises(ClearwingError, match="auto: best; choose one of trivial, rand"):
+        Augment(auto="best")(images, seeded())

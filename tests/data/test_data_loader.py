@@ -1,5 +1,9 @@
 """The cache holds every picture once, and batches are what it holds."""
 
+import gc
+import threading
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +11,7 @@ from PIL import Image
 
 from clearwing.data import loader
 from clearwing.data.augment import Augment
-from clearwing.data.loader import load_pictures, spread
+from clearwing.data.loader import epoch_order, load_pictures, made_ahead, spread
 from clearwing.data.preprocess import fit_picture, read_picture
 from clearwing.data.sources import Sample
 from clearwing.types import ClearwingError
@@ -26,8 +30,8 @@ def noisy(count=9, side=11):
     return [Sample(f"n{i}", image, i % 2) for i, image in enumerate(images)]
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def keys_of(batches):
+    return sum((batch.keys for batch in batches), ())
 
 
 def test_pictures_are_read_fitted_and_kept_in_order():
@@ -116,8 +120,8 @@ def test_batches_are_the_pictures_in_the_unit_range():
 
 def test_a_shuffled_pass_holds_every_picture_once_beside_its_label_and_key():
     pictures = load_pictures(samples(), 4)
-    passes = [list(pictures.batches(3, shuffle=seeded(seed))) for seed in (0, 0, 1)]
-    orders = [sum((b.keys for b in batches), ()) for batches in passes]
+    passes = [list(pictures.batches(3, order=epoch_order(10, seed, 0))) for seed in (0, 0, 1)]
+    orders = [keys_of(batches) for batches in passes]
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[2]) == sorted(pictures.keys)
     for batch in passes[2]:
@@ -127,31 +131,175 @@ def test_a_shuffled_pass_holds_every_picture_once_beside_its_label_and_key():
         assert [place.height for place in batch.geometry] == [8 + i for i in numbers]
 
 
+def test_an_order_may_leave_out_and_repeat():
+    pictures = load_pictures(samples(), 4)
+    assert keys_of(pictures.batches(2, order=torch.tensor([7, 7, 1]))) == ("p7", "p7", "p1")
+    assert list(pictures.batches(2, order=torch.tensor([], dtype=torch.int64))) == []
+
+
 def test_an_epoch_draws_anew_and_leaves_the_global_generator():
-    pictures, generator, state = load_pictures(samples(), 4), seeded(), torch.get_rng_state()
-    first, second = (sum((b.keys for b in pictures.batches(4, shuffle=generator)), ()) for _ in range(2))
+    state = torch.get_rng_state()
+    first, second = (epoch_order(10, 0, epoch).tolist() for epoch in range(2))
     assert first != second
+    assert sorted(first) == sorted(second) == list(range(10))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_balanced_order_gives_each_class_equally_often():
+    labels = torch.tensor([5] * 40 + [0] * 3 + [2] * 11)  # class 1 does not occur
+    order = epoch_order(54, 3, 1, labels=labels, balanced=True)
+    assert torch.equal(order, epoch_order(54, 3, 1, labels=labels, balanced=True))
+    assert not torch.equal(order, epoch_order(54, 3, 2, labels=labels, balanced=True))
+    assert Counter(labels[order].tolist()) == {5: 18, 0: 18, 2: 18}
+    assert set(Counter(order[labels[order] == 0].tolist()).values()) == {6}
+    assert set(Counter(order[labels[order] == 2].tolist()).values()) == {1, 2}
+    assert len(order[labels[order] == 5].unique()) == 18
+    assert labels[order[:18]].unique().tolist() == [0, 2, 5]  # the classes are mixed
+    counts = Counter(labels[:53][epoch_order(53, 3, 1, labels=labels[:53], balanced=True)].tolist())
+    assert sorted(counts.values()) == [17, 18, 18]
+    with pytest.raises(ClearwingError, match="labels: 53 of them; balancing needs 54"):
+        epoch_order(54, 0, 0, labels=labels[:53], balanced=True)
+    with pytest.raises(ClearwingError, match="labels: None"):
+        epoch_order(54, 0, 0, balanced=True)
+
+
+AUGMENT = Augment(crop_padding=2, alternate_flip=True, auto="trivial", brightness=0.3, cutout=3)
+
+
+def drawn(pictures, batch_size=4, augment=AUGMENT, epoch=1, **named):
+    order = epoch_order(len(pictures), 0, epoch)
+    return list(pictures.batches(batch_size, order=order, augment=augment, epoch=epoch, **named))
+
+
+def assert_equal(got, wanted):
+    assert [b.keys for b in got] == [b.keys for b in wanted]
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.labels, b.labels)
 
 
 def test_augmented_batches_have_the_network_size_and_no_geometry():
     pictures = load_pictures(noisy(), 9)
-    augment = Augment(resized_crop=(0.5, 1), size=6, flip=0.5)
-    batches = list(pictures.batches(4, augment=augment, generator=seeded()))
+    state = torch.get_rng_state()
+    batches = drawn(pictures, augment=Augment(resized_crop=(0.5, 1), size=6, flip=0.5))
     assert batches[0].images.shape == (4, 3, 6, 6)
+    assert batches[0].images.dtype == torch.float32
+    assert batches[0].images.max() <= 1.001
     assert batches[0].images.is_contiguous(memory_format=torch.channels_last)
     assert batches[0].geometry == ()
-    again = list(pictures.batches(4, augment=augment, generator=seeded()))
-    assert torch.equal(batches[2].images, again[2].images)
     assert torch.equal(pictures.images, load_pictures(noisy(), 9).images)  # the cache is not written on
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_augmentation_is_given_bytes_and_the_draw_of_its_batch():
+    pictures, seen = load_pictures(noisy(), 6), []
+    order = torch.tensor([8, 3, 5, 1])
+
+    def augment(images, draw):
+        seen.append((images, draw))
+        return images
+
+    batches = list(pictures.batches(3, order=order, augment=augment, seed=2, epoch=5))
+    assert torch.equal(torch.cat([b.images for b in batches]), pictures.images[order].float() / 255)
+    images, draw = seen[0]
+    assert images.dtype == torch.uint8
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert (draw.total, draw.first, draw.index.tolist(), draw.epoch, draw.seed) == (3, 0, [8, 3, 5], 5, 2)
+    assert torch.rand(1, generator=draw.generator) != torch.rand(1, generator=seen[1][1].generator)
+
+
+def test_what_is_drawn_depends_on_seed_and_epoch():
+    pictures = load_pictures(noisy(), 9)
+    assert_equal(drawn(pictures), drawn(pictures))
+    for other in ({"seed": 1}, {"epoch": 3}):  # in an odd epoch too, the mirrored ones are the same
+        order = torch.arange(9)
+        first, second = (
+            next(pictures.batches(9, order=order, augment=AUGMENT, **{"epoch": 1, **named})) for named in ({}, other)
+        )
+        assert not torch.equal(first.images, second.images)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3, 9])
+def test_to_start_later_is_to_skip(start):
+    pictures = load_pictures(noisy(11), 9)
+    assert_equal(drawn(pictures, start=start), drawn(pictures)[start:])
+
+
+def test_parts_of_the_batches_are_the_batches():
+    pictures = load_pictures(noisy(11), 9)
+    whole = drawn(pictures)  # 4, 4, 3
+    parts = [drawn(pictures, part=(rank, 2)) for rank in range(2)]
+    assert [[len(b) for b in part] for part in parts] == [[2, 2, 1]] * 2
+    for batch, *shares in zip(whole, *parts, strict=True):
+        n = sum(map(len, shares))
+        assert keys_of(shares) == batch.keys[:n]
+        torch.testing.assert_close(torch.cat([s.images for s in shares]), batch.images[:n], atol=1e-6, rtol=0)
+        assert torch.equal(torch.cat([s.labels for s in shares]), batch.labels[:n])
+    four = [drawn(pictures, part=(rank, 4)) for rank in range(4)]
+    assert [[len(b) for b in part] for part in four] == [[1, 1]] * 4  # three pictures are too few for four
+    assert [len(b) for b in drawn(pictures, part=(1, 2), drop_last=True)] == [2, 2]
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 7])
+def test_batches_made_ahead_are_the_batches(ahead):
+    pictures = load_pictures(noisy(11), 9)
+    assert_equal(drawn(pictures, ahead=ahead), drawn(pictures))
+
+
+def working():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("clearwing-ahead")]
+
+
+def ended(threads):
+    for thread in threads:
+        thread.join(60)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def test_an_error_in_the_thread_is_raised_in_its_turn_and_the_thread_ends():
+    def augment(images, draw):
+        if 5 in draw.index:
+            raise ClearwingError("picture", 5, "this one cannot be augmented")
+        return images
+
+    batches = load_pictures(noisy(9), 6).batches(2, augment=augment, ahead=3)
+    assert keys_of([next(batches), next(batches)]) == ("n0", "n1", "n2", "n3")
+    threads = working()
+    with pytest.raises(ClearwingError, match="picture: 5"):
+        next(batches)
+    assert ended(threads)
+    assert list(batches) == []
+
+
+@pytest.mark.parametrize("leave", ["close", "forget", "finish"])
+def test_leaving_ends_the_thread_and_no_more_is_made_than_was_asked(leave):
+    made, others = [], set(working())
+    items = made_ahead((made.append(i) or i for i in range(50)), 3)
+    assert set(working()) <= others  # nothing is begun before the first is asked for
+    assert [next(items), next(items)] == [0, 1]
+    (thread,) = set(working()) - others
+    if leave == "close":
+        items.close()
+    elif leave == "finish":
+        assert list(items) == list(range(2, 50))
+    del items
+    gc.collect()
+    assert ended([thread])
+    assert len(made) <= (50 if leave == "finish" else 5)
 
 
 def test_wrong_calls_of_batches_are_found_at_the_call():
     pictures = load_pictures(samples(2), 4)
-    with pytest.raises(ClearwingError, match="batch_size: 0"):
-        pictures.batches(0)
-    with pytest.raises(ClearwingError, match="generator: None"):
-        pictures.batches(2, augment=Augment(flip=1.0))
+    for named, message in (
+        ({"batch_size": 0}, "batch_size: 0; give at least 1"),
+        ({"part": (0, 2), "batch_size": 3}, "batch_size: 3; give 2, the number of processes, or a multiple"),
+        ({"part": (2, 2)}, r"part: \(2, 2\)"),
+        ({"start": -1}, "start: -1"),
+        ({"ahead": -1}, "ahead: -1"),
+        ({"order": torch.tensor([0, 2])}, "order: 0 to 2; the positions of 2 pictures are 0 to 1"),
+    ):
+        with pytest.raises(ClearwingError, match=message):
+            pictures.batches(**{"batch_size": 2, **named})
 
 
 def test_unlabelled_pictures_have_no_labels():

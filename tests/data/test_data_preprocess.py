@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
-from clearwing.data.preprocess import QuietPillow, fit_geometry, fit_picture, read_mask, read_picture, resample, restore
+from clearwing.data.preprocess import QuietPillow, fit_geometry, fit_picture, read_mask, read_picture, restore
 from clearwing.types import ClearwingError, Geometry
 
 
@@ -292,31 +292,3 @@ def test_restore_names_what_does_not_fit():
         restore(torch.zeros(2, 4, 4), [place])
     with pytest.raises(ClearwingError, match=r"values: \(5, 4\); the geometry says"):
         restore(torch.zeros(1, 5, 4), [place])
-
-
-@pytest.mark.parametrize("size", [5, 13, (9, 31), 40])
-def test_resample_equals_torchvision_crop_and_resize(size):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(6, 3, 24, 31, generator=generator)
-    boxes = torch.tensor([[0, 0, 24, 31], [3, 4, 9, 20], [23, 30, 1, 1], [0, 5, 24, 7], [10, 0, 13, 31], [1, 1, 22, 2]])
-    got = resample(images, boxes, size)
-    target = [size, size] if isinstance(size, int) else list(size)
-    for image, (top, left, height, width), mine in zip(images, boxes.tolist(), got, strict=True):
-        wanted = TF.resize(image[:, top : top + height, left : left + width], target, antialias=True)
-        torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=0)
-
-
-def test_resample_takes_channels_last_and_flips_each_picture_by_itself():
-    images = torch.rand(3, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-    boxes = torch.tensor([[2.0, 3.0, 7.0, 8.0]]).expand(3, 4)
-    plain = resample(images, boxes, 6)
-    turned = resample(
-        images.contiguous(memory_format=torch.channels_last), boxes, 6, flip=torch.tensor([True, False, True])
-    )
-    torch.testing.assert_close(turned[0], plain[0].flip(-1))
-    torch.testing.assert_close(turned[1], plain[1])
-
-
-def test_resample_of_a_constant_is_constant_for_boxes_of_fractions():
-    boxes = torch.tensor([[0.3, 1.7, 5.2, 3.9], [2.5, 2.5, 0.4, 0.4]])
-    torch.testing.assert_close(resample(torch.full((2, 1, 8, 8), 0.7), boxes, 5), torch.full((2, 1, 5, 5), 0.7))

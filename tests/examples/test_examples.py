@@ -153,7 +153,7 @@ def test_cifar10_prints_the_classes_and_draws_the_mistakes(script, capsys, tmp_p
     assert run.config["resolved"]["watch"] == ("val" if splits else "test")
     assert ("training watched the test split" in (out / "report.html").read_text()) == (splits is None)
     asked = {name: run.config["train"][name] for name in ("size", "crop", "padding", "cutout", "flip", "jitter")}
-    assert asked == {"size": 32, "crop": "padded", "padding": 4, "cutout": 16, "flip": False, "jitter": 0}
+    assert asked == {"size": 32, "crop": "padded", "padding": 4, "cutout": 16, "flip": "none", "jitter": 0}
 
 
 def test_cifar10_refuses_in_one_line(script, capsys, tmp_path, parquet):

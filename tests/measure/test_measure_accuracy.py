@@ -1,15 +1,18 @@
 """Accuracy, top-k, the confusion matrix, classes and intervals against counting by hand."""
 
+import itertools
 import math
 
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from clearwing.measure.accuracy import (
     ClassAccuracy,
     accuracy,
     confusion_matrix,
     cross_entropy,
+    mcnemar,
     per_class,
     topk_accuracy,
     wilson_interval,
@@ -62,6 +65,20 @@ def test_wilson_interval_solves_its_equation():
     assert wilson_interval(7, 10)[0] < low < 0.7 < high < wilson_interval(7, 10)[1]
 
 
+@pytest.mark.parametrize("n", range(9))
+def test_mcnemar_is_the_share_of_coin_throws_at_least_as_uneven(n):
+    throws = [abs(2 * sum(heads) - n) for heads in itertools.product((0, 1), repeat=n)]
+    for first in range(n + 1):
+        as_uneven = sum(uneven >= abs(2 * first - n) for uneven in throws) / len(throws)
+        assert mcnemar(first, n - first) == pytest.approx(as_uneven, abs=1e-15)
+
+
+@pytest.mark.parametrize("counts", [(3, 12), (0, 40), (130, 180), (5000, 5200), (0, 3000)])
+def test_mcnemar_is_scipys_binomial_test(counts):
+    assert mcnemar(*counts) == mcnemar(*counts[::-1])
+    assert mcnemar(*counts) == pytest.approx(binomtest(counts[0], sum(counts)).pvalue, rel=1e-9, abs=0)
+
+
 @pytest.mark.parametrize("score", [accuracy, topk_accuracy, cross_entropy])
 def test_scores_need_labels(score):
     with pytest.raises(ClearwingError, match=r"labels: None; .*predict"):
@@ -83,6 +100,7 @@ def test_scores_need_labels(score):
         (lambda: per_class(torch.zeros(3, 3), ["a"]), "class_names: 1 names"),
         (lambda: wilson_interval(5, 4), "correct: 5"),
         (lambda: wilson_interval(1, 4, level=95), "level: 95"),
+        (lambda: mcnemar(3, -1), "only_second: -1"),
     ],
 )
 def test_what_is_wrong_is_named(call, message):

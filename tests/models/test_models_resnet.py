@@ -95,7 +95,7 @@ def test_blocks_against_the_equations():
     x = torch.randn(2, 4, 8, 8)
     residual = block.bn2(block.conv2(block.bn1(block.conv1(x)).clamp(min=0)))
     assert torch.allclose(block(x), (residual + block.downsample(x)).clamp(min=0), atol=1e-6)
-    net = ResNet6n2(1, 3, widths=(4, 6, 8), zero_init_residual=True)
+    net = ResNet6n2(1, 3, widths=(4, 6, 8), residual="zero")
     images = torch.randn(2, 4, 8, 8)
     assert torch.equal(net.layer1(images), images.clamp(min=0))
 
@@ -128,10 +128,33 @@ def test_initialisation_is_he_fan_out_and_seeded():
     assert torch.equal(net.bn1.weight, torch.ones(32))
 
 
+@pytest.mark.parametrize("residual", ["he", "zero", "dirac"])
+def test_how_residual_branches_begin(residual):
+    """The random numbers are the same; "zero" silences the last norm, "dirac" passes the input channels on."""
+    torch.manual_seed(3)
+    he = ResNet6n2(1, 3, widths=(4, 6, 8))
+    torch.manual_seed(3)
+    net = ResNet6n2(1, 3, widths=(4, 6, 8), residual=residual)
+    names = {"he": set(), "zero": {"bn2.weight"}, "dirac": {"conv1.weight", "conv2.weight"}}[residual]
+    changed = {key for key, value in net.state_dict().items() if not torch.equal(value, he.state_dict()[key])}
+    assert changed == {f"layer{i}.0.{name}" for i in (1, 2, 3) for name in names}
+    block, x = net.layer2[0], torch.randn(2, 4, 8, 8)
+    if residual == "zero":
+        assert block.bn2.weight.abs().max() == 0
+    if residual == "dirac":
+        y = block.conv1(x)
+        assert torch.equal(y[:, :4], x[:, :, ::2, ::2])
+        assert torch.equal(y[:, 4:], he.layer2[0].conv1(x)[:, 4:])
+        assert torch.equal(block.conv2(y), y)
+        assert torch.equal(block.bn2.weight, torch.ones(6))
+    assert all(p.requires_grad and p.is_leaf for p in net.parameters())
+
+
 @pytest.mark.parametrize(
     ("settings", "argument"),
     [
         ({"n": 0}, "n"),
+        ({"residual": "none"}, "residual"),
         ({"num_classes": 0}, "num_classes"),
         ({"in_channels": 0}, "in_channels"),
         ({"widths": (8, 8)}, "widths"),

@@ -50,6 +50,13 @@ def full_report(names=("Danaus_plexippus", "Pieris_rapae", "Vanessa_cardui"), ke
             R.MethodRow(key, tile(), {"saliency": tile(), "Grad-CAM": tile(), "LayerCAM": tile()}, names[0])
             for _ in range(2)
         ),
+        timeline=R.Timeline(
+            tuple(R.TimelineRow(key, names[0], tile(), {e: (tile(), e / 20) for e in (0, 6, 12)}) for _ in range(2)),
+            {e: e / 24 for e in range(13)},
+            masked=40,
+            baseline=0.4,
+            about="Otsu's threshold.",
+        ),
         segmentation=R.Segmentation(
             "val",
             40,

@@ -7,8 +7,10 @@ import os
 import shutil
 
 import pytest
+from compare_values import full_comparison
 from report_values import full_report
 
+from clearwing.show.compare import write_comparison
 from clearwing.show.report import Report, write_report
 
 FLAGS = [
@@ -47,6 +49,11 @@ def browser():
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     return write_report(tmp_path_factory.mktemp("report") / "report.html", full_report()).as_uri()
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    return write_comparison(tmp_path_factory.mktemp("compare") / "compare.html", full_comparison()).as_uri()
 
 
 @pytest.fixture
@@ -138,7 +145,7 @@ def test_nothing_overflows_the_window(visit, address, width):
 def test_every_picture_is_decoded(visit, address):
     page = visit(address)
     assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
-    assert page.locator("img").count() == 25
+    assert page.locator("img").count() == 33
 
 
 def test_a_picture_opens_moves_on_and_closes(visit, address):
@@ -181,3 +188,28 @@ def test_an_empty_report_opens_too(visit, tmp_path):
     page = visit(write_report(tmp_path / "empty.html", Report("Nothing yet")).as_uri())
     assert page.locator("h1").inner_text() == "Nothing yet"
     assert page.locator(".empty").count() == 7
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_text_of_a_comparison_stands_out(visit, compared, scheme):
+    page = visit(compared, color_scheme=scheme)
+    assert page.evaluate(CONTRAST) == []
+    strokes = page.evaluate(
+        "[...document.querySelectorAll('.chart:first-child polyline')].map((line) => getComputedStyle(line).stroke)"
+    )
+    assert len(set(strokes)) == 3
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_comparison_fits_the_window(visit, compared, width):
+    page = visit(compared, viewport={"width": width, "height": 800}, java_script_enabled=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
+
+
+def test_a_comparison_needs_no_scripts(visit, compared):
+    page = visit(compared, java_script_enabled=False, viewport={"width": 1280, "height": 900})
+    assert page.locator(".chart polyline").first.is_visible()
+    small = page.locator("#pair-1-1").bounding_box()["width"]
+    page.locator("#pair-1-1 .zoom").click()
+    assert page.locator("#pair-1-1").bounding_box()["width"] > 3 * small

@@ -60,10 +60,10 @@ def test_the_whole_report_holds_together(tmp_path):
     assert len(ids) == len(set(ids))
     targets = {a["href"][1:] for a in page.all("a")}
     assert targets <= set(ids)
-    for name in ("data", "training", "accuracy", "mistakes", "attention", "masks", "skipped", "reproduce"):
+    for name in ("data", "training", "accuracy", "mistakes", "attention", "timeline", "masks", "skipped", "reproduce"):
         assert name in ids
         assert name in targets  # the navigation leads to it
-    assert len(page.all("img")) == 3 + 3 * 3 + 2 * 4 + 5
+    assert len(page.all("img")) == 3 + 3 * 3 + 2 * 4 + 2 * 4 + 5
     assert all(a["alt"] and a["src"].startswith("data:image/") and a["width"] for a in page.all("img"))
     text = words(page)
     for said in (
@@ -172,6 +172,33 @@ def test_many_classes_are_folded(tmp_path):
     assert "5 of 14 a rather long name of class 7 taken for a rather long name of class 8" in text
 
 
+def test_the_timeline_tells_epochs_probabilities_and_iou(tmp_path):
+    text = words(page_of(tmp_path, full_report()))
+    assert "The same 2 pictures, chosen before training" in text
+    assert "picture epoch 0 0 % epoch 6 30 % epoch 12 60 %" in text
+    assert "Epoch 0 is the network before training." in text
+    assert "Mean IoU over 40 pictures with a drawn mask. Otsu's threshold." in text
+    assert "Grad-CAM 0.5 centre 0.4" in text
+
+
+def test_a_timeline_may_lack_pictures_or_masks(tmp_path):
+    whole = full_report().timeline
+    maps = page_of(tmp_path, R.Report("x", timeline=replace(whole, mask_iou={}, masked=0, baseline=None)))
+    assert "drawn mask" not in words(maps)
+    assert len(maps.all("img")) == 8
+    curve = page_of(tmp_path, R.Report("x", timeline=replace(whole, rows=(), baseline=None)))
+    assert "The pictures are not there any more" in words(curve)
+    assert len(curve.all("figure", "chart")) == 1
+    assert "timeline" not in {a.get("id") for a in page_of(tmp_path, R.Report("x")).all("section")}
+
+
+def test_a_long_timeline_is_capped_and_says_so(tmp_path):
+    whole = full_report().timeline
+    page = page_of(tmp_path, R.Report("x", timeline=replace(whole, rows=whole.rows * 20)))
+    assert f"{R.TIMELINE_SHOWN} of 40 pictures, chosen before training" in words(page)
+    assert len(page.all("img")) == 4 * R.TIMELINE_SHOWN
+
+
 def test_galleries_are_capped_and_say_so(tmp_path):
     report = full_report()
     tile = np.zeros((16, 16, 3), np.uint8)
@@ -217,19 +244,3 @@ def test_charts_survive_odd_metrics(tmp_path):
     points = [float(v) for a in page.all("polyline") for v in re.split("[ ,]", a["points"])]
     assert points
     assert all(map(math.isfinite, points))
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, 2.3, [0, 0.5, 1, 1.5, 2]), (3, 3, [3]), (0, 0.0004, 5)],
-)
-def test_ticks_are_round(low, high, ticks):
-    got = R._ticks(low, high)
-    assert got == ticks if isinstance(ticks, list) else len(got) == ticks
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(2.34, "2.3 s"), (59.7, "1 min 0 s"), (83, "1 min 23 s"), (7300, "2 h 1 min")]
-)
-def test_duration(seconds, said):
-    assert R.duration(seconds) == said

@@ -1,13 +1,17 @@
 """The loop: it learns, it repeats to the bit, it resumes, and it stops with a clear word."""
 
 import copy
+import math
+import signal
 
 import pytest
 import torch
 from torch import nn
 
-from clearwing.train.fit import FitState, classification, fit, make_fabric
-from clearwing.train.optim import optimizer, parameter_groups
+from clearwing.train.devices import make_fabric
+from clearwing.train.ema import EMA
+from clearwing.train.fit import FitState, balanced_weights, classification, fit, steady_statistics
+from clearwing.train.optim import SAM, optimizer, parameter_groups
 from clearwing.train.schedule import Steps, schedule
 from clearwing.types import Batch, ClearwingError
 
@@ -24,10 +28,10 @@ def network():
     )
 
 
-def batches(epoch):
+def batches(epoch, start=0):
     """Red and green pictures, told apart by their mean colour."""
-    generator = torch.Generator().manual_seed(epoch)
-    for _ in range(4):
+    for batch in range(start, 4):
+        generator = torch.Generator().manual_seed(10 * epoch + batch)
         images = 0.3 * torch.rand(8, 3, 6, 6, generator=generator)
         labels = torch.randint(2, (8,), generator=generator)
         images[torch.arange(8), labels] += 0.5
@@ -58,9 +62,12 @@ def test_it_repeats_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one():
+@pytest.mark.parametrize("stop", [1, 4, 6, 8, 13])
+def test_a_resumed_run_equals_the_uninterrupted_one(stop):
+    """Killed after any step, also in the middle of an epoch, with an average of the weights."""
     whole = network()
-    train(whole, 4)
+    average = EMA(whole, 0.9)
+    rows = train(whole, 4, ema=average).rows
 
     class KilledError(Exception):
         pass
@@ -69,21 +76,178 @@ def test_a_resumed_run_equals_the_uninterrupted_one():
 
     def save(state):
         kept.update(model=copy.deepcopy(part.state_dict()), opt=copy.deepcopy(opt.state_dict()))
-        kept.update(state=FitState(state.epoch, state.step, list(state.rows)))
-        if state.epoch == 2:
+        kept.update(ema=copy.deepcopy(ema.state_dict()), state=copy.deepcopy(state.numbers()))
+        if state.step == stop:
             raise KilledError
 
     part = network()
-    opt = optimizer(part, "sgd", 0.1)
+    opt, ema = optimizer(part, "sgd", 0.1), EMA(part, 0.9)
     with pytest.raises(KilledError):
-        train(part, 4, opt=opt, save=save)
+        train(part, 4, opt=opt, ema=ema, save=save, save_every=0.0)
     again = network()
     again.load_state_dict(kept["model"])
-    opt = optimizer(again, "sgd", 0.1)
+    opt, ema = optimizer(again, "sgd", 0.1), EMA(again, 0.9)
     opt.load_state_dict(kept["opt"])
-    state = train(again, 4, state=kept["state"], opt=opt)
-    assert len(state.rows) == 4
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values(), strict=True))
+    ema.load_state_dict(kept["ema"])
+    state = train(again, 4, state=FitState.from_numbers(kept["state"]), opt=opt, ema=ema)
+    for one, two in ((whole, again), (average.module, ema.module)):
+        assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True))
+    curve = [(row["train_loss"], row["train_accuracy"], row["step"]) for row in rows]
+    assert [(row["train_loss"], row["train_accuracy"], row["step"]) for row in state.rows] == curve
+
+
+def test_two_small_batches_make_one_step_as_one_large_batch_does():
+    """With batch norm in eval, for it sees each batch alone; the second group is short of a batch."""
+
+    def whole(epoch, start):
+        every = list(batches(epoch))
+        yield Batch(torch.cat([b.images for b in every[:3]]), torch.cat([b.labels for b in every[:3]]))
+        yield every[3]
+
+    settings = {"schedule": schedule("constant"), "fabric": make_fabric("cpu", "float32")}
+    one, two = network(), network()
+    for module, given, count in ((one, whole, 1), (two, batches, 3)):
+        opt = optimizer(module, "sgd", 0.1)
+        state = fit(
+            module,
+            given,
+            classification(),
+            optimizer=opt,
+            plan=Steps(4),
+            accumulate=count,
+            prepare=lambda module, epoch: module.eval(),
+            **settings,
+        )
+        assert (state.epoch, state.step) == (2, 4)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_the_gradient_is_cut_to_the_norm_asked_for():
+    module = network()
+    before = [p.detach().clone() for p in module.parameters()]
+    fit(
+        module,
+        batches,
+        classification(),
+        optimizer=torch.optim.SGD(module.parameters(), 1.0),
+        schedule=schedule("constant"),
+        plan=Steps(1),
+        fabric=make_fabric("cpu", "float32"),
+        clip=0.01,
+    )
+    moved = torch.cat([(p - b).flatten() for p, b in zip(module.parameters(), before, strict=True)])
+    assert moved.norm().item() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_sharpness_aware_steps_take_the_gradient_at_the_worst_point_near_by():
+    """Foret et al. 2021, eq. 2 and 3, by hand for the first step."""
+    rho, lr = 0.1, 0.5
+    module, byhand = network(), network().train()
+    batch = next(batches(0))
+
+    def gradients(net):
+        value, _ = classification()(net, batch)
+        return torch.autograd.grad(value, list(net.parameters()))
+
+    with torch.no_grad():
+        at = [p.clone() for p in byhand.parameters()]
+    g = gradients(byhand)
+    norm = torch.cat([x.flatten() for x in g]).norm()
+    with torch.no_grad():
+        for p, x in zip(byhand.parameters(), g, strict=True):
+            p += rho * x / norm
+    worst = gradients(byhand)
+    fit(
+        module,
+        batches,
+        classification(),
+        optimizer=torch.optim.SGD(module.parameters(), lr),
+        schedule=schedule("constant"),
+        plan=Steps(1),
+        fabric=make_fabric("cpu", "float32"),
+        sam=SAM(rho),
+    )
+    for p, start, x in zip(module.parameters(), at, worst, strict=True):
+        torch.testing.assert_close(p, start - lr * x, atol=1e-6, rtol=1e-4)
+    assert module[1].num_batches_tracked == 1  # the second pass over the batch moves no statistics
+
+
+def test_steady_statistics_do_not_move_and_go_on_afterwards():
+    module = network().train()
+    before = copy.deepcopy(module.state_dict())
+    images = next(batches(0)).images
+    with steady_statistics(module):
+        module(images)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), module.state_dict().values(), strict=True))
+    module(images)
+    assert not torch.equal(module.state_dict()["1.running_mean"], before["1.running_mean"])
+
+
+def test_it_ends_when_there_is_enough_and_validates_the_average():
+    module, seen = network(), []
+    average = EMA(module, 0.9)
+
+    def validate(given):
+        seen.append(given is average.module)
+        return {"val_loss": 1.0}
+
+    state = train(module, 9, ema=average, validate=validate, enough=lambda rows: len(rows) == 2)
+    assert state.epoch == 2
+    assert seen == [True, True]
+
+
+def test_a_signal_ends_the_run_between_two_steps_with_its_state_saved():
+    kept = []
+
+    class Signalled:
+        def step(self, epoch, row):
+            if epoch == 2:
+                signal.raise_signal(signal.SIGTERM)
+
+        def epoch(self, row):
+            pass
+
+    before = signal.getsignal(signal.SIGTERM)
+    state = train(network(), 4, watchers=[Signalled()], save=lambda state: kept.append(state.numbers()))
+    assert state.interrupted
+    assert (kept[-1]["epoch"], kept[-1]["step"], kept[-1]["batch"]) == (1, 5, 1)
+    assert kept[-1]["sums"][2] == 8  # the pictures of the step that was taken
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_frozen_parameters_stay_and_thaw_later():
+    module = network()
+    before = module[0].weight.detach().clone()
+    after = {}
+
+    def prepare(net, epoch):
+        net.train()
+        net[0].requires_grad_(epoch > 0)
+        after[epoch] = net[0].weight.detach().clone()
+
+    train(module, 2, prepare=prepare)
+    assert torch.equal(after[1], before)
+    assert not torch.equal(module[0].weight, before)
+
+
+def test_balanced_weights_make_every_class_count_the_same():
+    counts = torch.tensor([30, 10, 0, 20])
+    weights = balanced_weights(counts)
+    assert (weights * counts).tolist() == pytest.approx([20, 20, 0, 20])
+    labels = torch.repeat_interleave(torch.arange(4), counts)
+    assert weights[labels].mean().item() == pytest.approx(1.0)
+    logits = torch.zeros(60, 4)
+    value, _ = classification(0.0, weights)(nn.Identity(), Batch(logits, labels))
+    assert value.item() == pytest.approx(math.log(4), rel=1e-6)
+
+
+def test_mixed_pictures_are_learned_by_their_shares():
+    logits = torch.tensor([[2.0, 0.5, -1.0]])
+    batch = Batch(logits, torch.tensor([0]), targets=torch.tensor([[0.7, 0.0, 0.3]]))
+    value, correct = classification()(nn.Identity(), batch)
+    assert value.item() == pytest.approx(-(batch.targets * logits.log_softmax(1)).sum().item(), abs=1e-6)
+    assert correct.item() == 1
 
 
 def test_ctrl_c_keeps_what_was_learned():
@@ -137,7 +301,7 @@ def test_validation_sees_the_module_in_eval_mode_and_the_last_epoch_is_always_va
 
 
 def test_biases_and_norms_do_not_decay():
-    groups = parameter_groups(network(), 0.5)
+    groups = parameter_groups(network(), 0.5, lr=0.1)
     assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
     assert {p.ndim for p in groups[0]["params"]} == {2, 4}
     assert {p.ndim for p in groups[1]["params"]} == {1}
@@ -154,7 +318,7 @@ def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ClearwingError, match="batches: none in this epoch"):
         fit(
             network(),
-            lambda epoch: iter(()),
+            lambda epoch, start: iter(()),
             classification(),
             optimizer=optimizer(network(), "sgd", 0.1),
             schedule=schedule("constant"),

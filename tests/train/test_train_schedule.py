@@ -42,6 +42,16 @@ def test_unknown_schedule_names_the_near_ones():
         schedule("cosin")
 
 
+def test_a_schedule_can_rise_for_another_share():
+    assert schedule("one-cycle", 0.5)(0.5) == pytest.approx(1)
+    assert schedule("cosine", 0.0)(0.0) == pytest.approx(1)
+    assert schedule("one-cycle")(0.25) == schedule("one-cycle", 0.25)(0.25)
+    with pytest.raises(ClearwingError, match=r"warmup: 0\.1; the schedule step has none"):
+        schedule("step", 0.1)
+    with pytest.raises(ClearwingError, match=r"warmup: 1\.5"):
+        schedule("cosine", 1.5)
+
+
 def test_steps_end_after_their_number():
     plan = Steps(4)
     assert [plan.over(i) for i in range(5)] == [False] * 4 + [True]
@@ -52,7 +62,7 @@ def run_plan(plan, clock, seconds_a_step, epoch_steps=10, validation=0.0, most=1
     """Steps taken, with the clock moving as a training would move it."""
     step = 0
     while not plan.over(step) and step < most:
-        plan.progress(step)
+        plan.took(plan.progress(step))
         clock.now += seconds_a_step(step)
         step += 1
         if step % epoch_steps == 0:
@@ -83,6 +93,8 @@ def test_a_grown_reserve_never_turns_progress_back():
     plan = Budget(100, clock=clock)
     clock.now += 40
     before = plan.progress(0)
+    plan.took(before)
+    assert plan.share(1) == before > plan.share(0) == 0
     plan.hold_back(20)
     assert plan.progress(1) >= before
     plan.hold_back(10)
@@ -93,7 +105,7 @@ def test_budget_goes_on_after_a_restart_with_the_time_that_is_left():
     clock = Clock()
     plan = Budget(60, clock=clock)
     clock.now += 45
-    plan.progress(0)
+    plan.took(plan.progress(0))
     kept = plan.state()
     clock.now += 1000  # the machine was off
     again = Budget(60, clock=clock)

@@ -276,33 +276,3 @@ def _unbox_rows(value: Tensor, start: int, length: int, full: int, mode: str) ->
     value = value[..., max(-start, 0) : full - start, :]
     start = max(start, 0)
     return F.pad(value, (0, 0, start, full - start - value.shape[-2]))
-
-
-def resample(images: Tensor, boxes: Tensor, size: int | Sequence[int], flip: Tensor | None = None) -> Tensor:
-    """Each picture's own box, resized to `size` with a triangle filter (antialiased bilinear), the whole batch at once.
-
-    `images` (N, C, H, W) floating; `boxes` (N, 4) top, left, height, width in pixels, inside the pictures, fractions
-    allowed; `flip` (N,) bool mirrors left to right. Two batched matrix products, one for each side, with a weight
-    matrix for each picture. Equals torchvision's `resize(crop, antialias=True)` for boxes of whole pixels.
-    """
-    N, C, H, W = images.shape
-    rows, columns = square(size)
-    boxes = boxes.to(images.device, images.dtype)
-    down = _triangle(boxes[:, 0], boxes[:, 2], rows, H)  # (N, rows, H)
-    across = _triangle(boxes[:, 1], boxes[:, 3], columns, W)  # (N, columns, W)
-    if flip is not None:
-        across = torch.where(flip.to(images.device)[:, None, None], across.flip(1), across)
-    narrow = torch.bmm(images.reshape(N, C * H, W), across.transpose(1, 2))
-    return down[:, None] @ narrow.view(N, C, H, columns)
-
-
-def _triangle(start: Tensor, length: Tensor, count: int, full: int) -> Tensor:
-    """(N, count, full) weights: `count` triangles spread over [start, start + length), each row summing to 1."""
-    scale = length / count  # (N,)
-    centre = start[:, None] + scale[:, None] * (torch.arange(count, device=start.device, dtype=start.dtype) + 0.5)
-    pixel = torch.arange(full, device=start.device, dtype=start.dtype)
-    reach = scale.clamp(min=1)[:, None, None]
-    weight = (pixel + 0.5 - centre[:, :, None]).abs_().div_(-reach).add_(1).clamp_(min=0)
-    inside = (pixel + 1 > start[:, None]) & (pixel < (start + length)[:, None])  # (N, full): the box ends the picture
-    weight.mul_(inside[:, None])
-    return weight.div_(weight.sum(2, keepdim=True).clamp_(min=1e-12))

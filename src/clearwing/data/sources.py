@@ -171,7 +171,7 @@ def _open_one(
     others = [f.name for f in folders if f.name.lower() not in SPLITS]
     if others and not any(_folders(f) for f in by_split.values()):
         by_split = {}  # bus, car, train: classes, one of which is called like a split
-    parquet = sorted(p for p in path.rglob("*.parquet") if not _hidden(p.relative_to(path)))
+    parquet = sorted(p for p in path.rglob("*.parquet") if not hidden(p.relative_to(path)))
     if parquet and next(iter(_pictures(path)), None) is None:
         return _open_parquet(title, parquet, path, names, notes)
     if by_split:
@@ -192,19 +192,19 @@ def _open_one(
     return _Listing(title, {ALL if items[0].class_name is None else "train": items}, root=path)
 
 
-def _hidden(path: Path) -> bool:
+def hidden(path: Path) -> bool:
     return any(part.startswith((".", "__")) for part in path.parts)
 
 
 def _folders(path: Path) -> list[Path]:  # without hidden ones and MASKS
-    found = (p for p in path.iterdir() if p.is_dir() and not _hidden(Path(p.name)) and p.name.lower() != "masks")
+    found = (p for p in path.iterdir() if p.is_dir() and not hidden(Path(p.name)) and p.name.lower() != "masks")
     return sorted(found, key=lambda p: p.name)
 
 
 def _pictures(folder: Path, deep: bool = True) -> Iterable[Path]:
     """The picture files of a folder, sorted; other files and hidden ones are not looked at."""
     for at, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(f for f in folders if not _hidden(Path(f)) and f.lower() != "masks") if deep else []
+        folders[:] = sorted(f for f in folders if not hidden(Path(f)) and f.lower() != "masks") if deep else []
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(EXTENSIONS):
                 yield Path(at, name)
@@ -329,33 +329,34 @@ def _open_parquet(
     title: str, files: Sequence[Path], root: Path, given: Sequence[str] | None, notes: list[str]
 ) -> _Listing:
     """Files in the schema of a Hugging Face image data set; a file's name, or its folder's, says the split."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from pyarrow import ArrowException, parquet
 
     rows: dict[str, list[tuple[Any, Any]]] = {}
     names: tuple[str, ...] = ()
-    split_of = {path: _parquet_split(path.relative_to(root)) for path in files}
-    if any(split_of.values()):
-        if odd := [path.name for path in files if split_of[path] is None]:
-            notes.append(f"{len(odd)} files that name no split were left out ({odd[0]} ...)")
-        files = [path for path in files if split_of[path]]
-    for path in files:
+    for path, split in parquet_splits(files, root, notes).items():
+        listed = rows.setdefault(split, [])
         try:
-            file = pq.ParquetFile(path)
-            image, label, names = _parquet_columns(path, file.schema_arrow)
-            split = rows.setdefault(split_of[path] or "train", [])
+            file = parquet.ParquetFile(path)
+            image, label, names = parquet_columns(path, file.schema_arrow)
             for part in file.iter_batches(batch_size=1024, columns=[c for c in (image, label) if c]):
                 labels = part[label].to_pylist() if label else [None] * len(part)
-                split += zip(part[image].to_pylist(), labels, strict=True)
-        except (pa.ArrowException, OSError) as error:
+                listed += zip(part[image].to_pylist(), labels, strict=True)
+        except (ArrowException, OSError) as error:
             raise ClearwingError("data", path, f"cannot be read as Parquet ({error})") from error
-    if names or given:
-        return _Listing(title, _parquet_items(rows, names or tuple(given or ()), root), names)
     numbers = {label for part in rows.values() for _, label in part if isinstance(label, int) and label != -1}
-    return _Listing(title, _parquet_items(rows, (), root), tuple(map(str, sorted(numbers))))
+    fixed = names or (() if given else tuple(map(str, sorted(numbers))))
+    return _Listing(title, _parquet_items(rows, names or tuple(given or ()), root), fixed)
 
 
-def _parquet_columns(path: Path, schema: Any) -> tuple[str, str | None, tuple[str, ...]]:
+def parquet_splits(files: Sequence[Path], root: Path, notes: list[str]) -> dict[Path, str]:
+    """The split of every file that is part of one; `train`, where no file names any."""
+    named = {path: split for path in files if (split := _parquet_split(path.relative_to(root)))}
+    if named and (odd := [path.name for path in files if path not in named]):
+        notes.append(f"{len(odd)} files that name no split were left out ({odd[0]} ...)")
+    return named or dict.fromkeys(files, "train")
+
+
+def parquet_columns(path: Path, schema: Any) -> tuple[str, str | None, tuple[str, ...]]:
     """The columns of the picture and of the label, and the class names of the schema's `huggingface` metadata."""
     import pyarrow as pa
 

@@ -15,10 +15,10 @@ from clearwing.data.loader import Pictures
 from clearwing.jobs import inputs
 from clearwing.jobs.progress import Progress
 from clearwing.jobs.segment import segment, told_iou
-from clearwing.jobs.train import predict_logits
 from clearwing.measure import accuracy as measure
 from clearwing.run import Run, plain, write_json, write_text
-from clearwing.train.fit import make_fabric
+from clearwing.train.devices import make_fabric
+from clearwing.train.predict import predict_logits
 from clearwing.types import ClearwingError
 
 
@@ -36,7 +36,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         pictures = inputs.load_for(loaded, samples, config.limit, progress)
         skipped = inputs.told_skipped(pictures, progress)
         fabric = make_fabric(config.device, "float32")
-        logits, labels = predict_logits(loaded.model.to(fabric.device), pictures, fabric, config.batch_size)
+        model = loaded.model.to(fabric.device)
+        logits, labels = predict_logits(model, pictures, fabric, config.batch_size)
+        mirrored = predict_logits(model, pictures, fabric, config.batch_size, flip=True)[0] if config.flip else None
     result = scores(logits, labels, run.class_names) | {
         "data": inputs.full_name(config.data),
         "split": config.split,
@@ -50,6 +52,10 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
             *inputs.split_notes(dataset, config.split, run, config.data),
         ],
     }
+    if mirrored is not None:
+        right = int((mirrored.argmax(1) == labels).sum())
+        interval = measure.wilson_interval(right, len(labels))
+        result["flip"] = {"accuracy": right / len(labels), "ci95": list(interval)}
     masks = segment_too(config, run)
     if masks is not None:
         result["mean_iou"] = masks["mean_iou"]
@@ -63,6 +69,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     text = [
         f"{config.split}: accuracy {result['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), "
         f"{top5}loss {result['loss']:.3f}, n = {result['n']}, skipped {len(skipped)}",
+        *([f"with mirror images: accuracy {result['flip']['accuracy']:.1%}"] if mirrored is not None else []),
         *([told_iou(masks)] if masks is not None and masks["mean_iou"] is not None else []),
         *(f"note: {note}" for note in result["notes"]),
         f"written: {run.file('evaluation', f'{stem}.json')}",

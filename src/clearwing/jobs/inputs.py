@@ -246,6 +246,6 @@ def told_skipped(pictures: Pictures, progress: Progress) -> list[list[str]]:
 
 def pick_device(device: str) -> torch.device:
     """The device that a job computes on, as Fabric chooses it."""
-    from clearwing.train.fit import make_fabric
+    from clearwing.train.devices import make_fabric
 
     return make_fabric(device, "float32").device

@@ -81,7 +81,7 @@ class TrainingBar:
 
 
 class TensorBoard:
-    """The rows of the epochs as TensorBoard scalars."""
+    """The rows of the epochs as TensorBoard scalars, and pictures."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -97,9 +97,14 @@ class TensorBoard:
             for kind in names:
                 if f"{part}_{kind}" in row:
                     self.writer.add_scalar(f"{kind}/{part}", row[f"{part}_{kind}"], row["epoch"])
-        for name in ("lr", "images_per_s"):
-            self.writer.add_scalar(name, row[name], row["epoch"])
+        for name in ("lr", "images_per_s", "mask_iou"):
+            if name in row:
+                self.writer.add_scalar(name, row[name], row["epoch"])
         self.writer.flush()
+
+    def image(self, name: str, picture: Any, epoch: int) -> None:
+        """A picture, uint8 (H, W, 3)."""
+        self.writer.add_image(name, picture, epoch, dataformats="HWC")
 
     def close(self) -> None:
         self.writer.close()

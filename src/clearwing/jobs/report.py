@@ -12,26 +12,34 @@ from torch import Tensor
 
 from clearwing.attribution.layers import find_layer
 from clearwing.attribution.methods import METHODS, explain
+from clearwing.attribution.views import upsample
 from clearwing.config import ReportConfig
 from clearwing.data.loader import Pictures, spread
-from clearwing.data.preprocess import read_mask, read_picture, restore
+from clearwing.data.preprocess import fit_geometry, read_mask, read_picture, restore
 from clearwing.jobs import inputs
 from clearwing.jobs.evaluate import scores
 from clearwing.jobs.progress import Progress
-from clearwing.jobs.train import predict_logits
+from clearwing.jobs.timeline import Glance, read_timeline
 from clearwing.run import Run, read_json
 from clearwing.show import draw
 from clearwing.show import report as page
-from clearwing.train.fit import make_fabric
+from clearwing.train.devices import make_fabric
+from clearwing.train.predict import predict_logits
 from clearwing.types import Batch, ClearwingError
 
+LOOKS = 8  # epochs that the timeline shows, the first and the last among them
 EXPLAINED = 6  # pictures that several methods are shown on
 METHODS_SHOWN = ("saliency", "grad-cam", "layer-cam", "guided-backprop", "guided-grad-cam")  # quick, and asked for most
 
 
 def report(config: ReportConfig) -> dict[str, Any]:
-    """Write RUN/report.html and RUN/pictures/*.png; returns what the command prints."""
+    """Write RUN/report.html and RUN/pictures/*.png, or compare several runs; returns what the command prints."""
+    from clearwing.jobs import compare  # which takes parts of this file
+
+    if compare.is_comparison(config):
+        return compare.compare(config)
     run = Run.load(config.run)
+    out = compare.page_file(config, run, "report.html")
     split = config.split or run.config["resolved"]["watch"]
     with Progress(config.json) as progress:
         seen = look(run, config, split, progress)
@@ -47,12 +55,13 @@ def report(config: ReportConfig) -> dict[str, Any]:
             mistakes=mistakes(seen, config) if seen and seen.labels is not None else None,
             mistakes_total=len(seen.wrong()) if seen and seen.labels is not None else None,
             methods=method_rows(seen) if seen else (),
+            timeline=timeline(run, config),
             segmentation=segmentation(run, parts, config),
             skipped=tuple((str(key), str(reason)) for key, reason in run.config["data"]["skipped"]),
             commands=commands(run, parts, split),
             environment={key: str(value) for key, value in run.config["environment"].items()},
         )
-        path = page.write_report(run.file("report.html"), found)
+        path = page.write_report(out, found)
         files = write_pictures(run, found)
     result = {"report": str(path), "pictures": [str(file) for file in files], "skipped": seen.skipped if seen else 0}
     return {"json": result, "text": f"report: {path}\npictures: {run.file('pictures')} ({len(files)} PNG files)"}
@@ -221,6 +230,47 @@ def method_rows(seen: Seen) -> tuple[page.MethodRow, ...]:
         page.MethodRow(seen.pictures.keys[i], seen.picture(i), {name: drawn[name][at] for name in drawn}, seen.about(i))
         for at, i in enumerate(shown)
     )
+
+
+def timeline(run: Run, config: ReportConfig) -> page.Timeline | None:
+    """Where the network looked after some of the epochs, and how well that covered the drawn masks; None without."""
+    glances = read_timeline(run)
+    if not glances:
+        return None
+    about = "A mask is where the map lies above its own Otsu threshold, at the network's size; nothing was fitted to"
+    about += " the drawn masks. The dashed line is the same rule on a Gaussian in the centre, without a network."
+    return page.Timeline(
+        timeline_rows(run, glances, config),
+        {one.epoch: one.mask_iou for one in glances if one.mask_iou is not None},
+        len(glances[-1].iou),
+        glances[-1].baseline,
+        about,
+    )
+
+
+def timeline_rows(run: Run, glances: list[Glance], config: ReportConfig) -> tuple[page.TimelineRow, ...]:
+    """The pictures that are still there, with their maps after epochs spread over the run."""
+    watch, size = run.config["resolved"]["watch"], run.config["resolved"]["size"]
+    try:
+        dataset = inputs.open_run_data(run, config.data, config.classes, config.pattern)
+        samples = {sample.key: sample for sample in inputs.split_of(dataset, watch)}
+    except ClearwingError:
+        return ()  # `look` has said it
+    last = len(glances) - 1
+    shown = [glances[i] for i in sorted({round(k * last / (LOOKS - 1)) for k in range(LOOKS)})]
+    rows = []
+    for i, key in enumerate(shown[-1].keys):
+        if key not in samples:
+            continue
+        picture = draw.to_rgb(read_picture(samples[key].source))
+        place = fit_geometry(picture.shape[0], picture.shape[1], size, run.config["train"]["fit"])
+        maps = torch.stack([upsample(one.maps[i], *place.size) for one in shown])
+        looks = {
+            one.epoch: (draw.overlay(picture, full), float(one.probabilities[i]))
+            for one, full in zip(shown, restore(maps[None], [place])[0], strict=True)
+        }
+        rows.append(page.TimelineRow(key, run.class_names[int(shown[-1].labels[i])], picture, looks))
+    return tuple(rows)
 
 
 class Part:
@@ -413,6 +463,13 @@ def write_pictures(run: Run, found: page.Report) -> list[Path]:
             captions += [row.about, *row.maps]
         columns = 1 + len(found.methods[0].maps)
         draw.save_png(draw.montage(tiles, captions, columns=columns, size=176), target("methods.png"))
+    if found.timeline and found.timeline.rows:
+        tiles, captions = [], []
+        for line in found.timeline.rows:
+            tiles += [line.picture, *(picture for picture, _ in line.looks.values())]
+            captions += [line.true, *(f"epoch {epoch}: {share:.0%}" for epoch, (_, share) in line.looks.items())]
+        columns = 1 + len(found.timeline.rows[0].looks)
+        draw.save_png(draw.montage(tiles, captions, columns=columns, size=176), target("timeline.png"))
     if found.segmentation and found.segmentation.gallery:
         shown = found.segmentation.gallery
         captions = [f"IoU {item.iou:.2f}" if item.iou is not None else item.key for item in shown]

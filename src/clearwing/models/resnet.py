@@ -16,6 +16,7 @@ from clearwing.types import ClearwingError, near
 SHORTCUTS = ("projection", "pad")
 DOWNSAMPLES = ("block", "conv")
 STEMS = ("cifar", "imagenet")
+RESIDUALS = ("he", "zero", "dirac")
 
 
 def conv3x3(in_channels: int, channels: int, stride: int = 1) -> nn.Conv2d:
@@ -98,19 +99,23 @@ def stage(in_channels: int, channels: int, blocks: int, stride: int, shortcut: s
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1, shortcut) for _ in range(1, blocks)))
 
 
-def initialise(module: nn.Module, zero_init_residual: bool = False) -> None:
+def initialise(module: nn.Module, residual: str = "he") -> None:
     """He et al., ICCV 2015, eq. 10, in its fan-out form, from the global generator of torch, as layers do.
 
-    `zero_init_residual` starts every residual branch at zero, so that each block begins as its shortcut
-    (Goyal et al. 2017, section 5.1).
+    residual: how the branches of the blocks begin. "he": as all else. "zero": the weight of their last batch norm is
+    0, so that each block is its shortcut (Goyal et al. 2017, section 5.1). "dirac": the first filters of their 3x3
+    convolutions, as many as there are input channels, pass these on (Jordan 2024, section 3.3); the others stay.
     """
+    _check_choice("residual", residual, RESIDUALS)
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    if zero_init_residual:
-        for layer in module.modules():
-            if isinstance(layer, BasicBlock):
-                nn.init.zeros_(layer.bn2.weight)
+    for block in (layer for layer in module.modules() if isinstance(layer, BasicBlock)):
+        if residual == "zero":
+            nn.init.zeros_(block.bn2.weight)
+        elif residual == "dirac":
+            for conv in (block.conv1, block.conv2):
+                nn.init.dirac_(conv.weight.detach()[: conv.in_channels])
 
 
 class ResNet6n2(nn.Module):
@@ -123,6 +128,7 @@ class ResNet6n2(nn.Module):
     downsample: "block" (the first block of stages 2 and 3 has stride 2, as in the paper) or "conv" (`down2` and
     `down3`, a stride-2 3x3 convolution each with batch norm and ReLU, stand before those stages; then all
     shortcuts are identities, and the depth is 6n+4).
+    residual: how residual branches begin, "he", "zero" or "dirac" (see `initialise`).
 
     >>> net = ResNet6n2(n=2, num_classes=100)
     >>> net(torch.zeros(5, 3, 32, 32)).shape
@@ -139,7 +145,7 @@ class ResNet6n2(nn.Module):
         shortcut: str = "projection",
         downsample: str = "block",
         in_channels: int = 3,
-        zero_init_residual: bool = False,
+        residual: str = "he",
     ) -> None:
         super().__init__()
         _check_positive(n=n, num_classes=num_classes, in_channels=in_channels)
@@ -160,7 +166,7 @@ class ResNet6n2(nn.Module):
         self.layer3 = stage(c if own else b, c, n, 1 if own else 2, shortcut)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(c, num_classes)
-        initialise(self, zero_init_residual)
+        initialise(self, residual)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K)
         x = self.relu(self.bn1(self.conv1(x)))
@@ -176,6 +182,7 @@ class ResNet(nn.Module):
     blocks: blocks in each stage, (2, 2, 2, 2) or (3, 4, 6, 3).
     stem: "imagenet" (7x7 stride-2 convolution and 3x3 stride-2 max pool; the state dict is torchvision's) or "cifar"
     (3x3 convolution, no pool: ResNet-18 with 10 classes has 11,173,962 parameters).
+    residual: how residual branches begin, "he", "zero" or "dirac" (see `initialise`).
 
     >>> ResNet((2, 2, 2, 2), num_classes=10)(torch.zeros(5, 3, 32, 32)).shape
     torch.Size([5, 10])
@@ -189,7 +196,7 @@ class ResNet(nn.Module):
         num_classes: int,
         stem: str = "cifar",
         in_channels: int = 3,
-        zero_init_residual: bool = False,
+        residual: str = "he",
     ) -> None:
         super().__init__()
         _check_positive(num_classes=num_classes, in_channels=in_channels)
@@ -211,7 +218,7 @@ class ResNet(nn.Module):
         self.layer4 = stage(256, 512, blocks[3], 2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(512, num_classes)
-        initialise(self, zero_init_residual)
+        initialise(self, residual)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))

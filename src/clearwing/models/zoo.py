@@ -52,7 +52,7 @@ def build(
     weights with a new head, the ImageNet stem, mean and std, and 224 pixels); or a weights file as `adopt` reads it,
     whose settings (stem, widths ...), mean and std hold where none are given. With another number of classes, or to
     train it anew, ask for a fresh last layer by `new_head=True`.
-    settings: what `ResNet6n2` or `ResNet` takes, such as widths, shortcut, downsample, zero_init_residual.
+    settings: what `ResNet6n2` or `ResNet` takes, such as widths, shortcut, downsample, residual.
 
     >>> build("resnet14", num_classes=100)(torch.rand(5, 3, 32, 32)).shape
     torch.Size([5, 100])

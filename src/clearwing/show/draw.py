@@ -250,6 +250,49 @@ def curves(metrics: Sequence[Mapping[str, Any]], path: str | Path) -> Path:
     return _save_figure(figure, path)
 
 
+def range_curve(
+    lrs: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    path: str | Path,
+    *,
+    suggestion: float | None = None,
+    minimum_tenth: float | None = None,
+    title: str = "",
+) -> Path:
+    """Draw an LR range test: the loss of each step, faint, and their average over log lr; the suggested rates on it.
+
+    Losses far above the beginning are cut off, so that the end of a test that diverged does not flatten the rest.
+    """
+    if not lrs or not len(lrs) == len(losses) == len(smoothed):
+        raise ClearwingError("losses", f"{len(losses)} for {len(lrs)} rates", "give a loss a rate, at least one")
+    figure = Figure(figsize=(7.2, 4.2), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.plot(lrs, losses, color=BLUE, alpha=0.3, linewidth=1, label="loss of a batch")
+    axes.plot(lrs, smoothed, color=BLUE, linewidth=2, label="exponential average")
+    for rate, colour, marker, what in (
+        (suggestion, ORANGE, "o", "suggestion: steepest descent"),
+        (minimum_tenth, GREEN, "D", "a tenth of the rate of the lowest loss"),
+    ):
+        if rate is not None:
+            height = np.interp(math.log(rate), np.log(lrs), smoothed)
+            axes.axvline(rate, color=colour, linewidth=1, linestyle=(0, (4, 3)))
+            axes.plot([rate], [height], color=colour, marker=marker, linestyle="", label=f"{what}, {rate:.2g}")
+    start = float(np.median(losses[: max(1, len(losses) // 5)]))
+    floor, top = min(losses), max(min(max(losses), 1.4 * start), min(smoothed))
+    margin = 0.06 * (top - floor) or 1.0
+    axes.set_xscale("log")
+    axes.set_xlim(lrs[0], lrs[-1] if lrs[-1] > lrs[0] else None)
+    axes.set_ylim(floor - margin, top + margin)
+    _plain(axes, title="", grid="y")
+    axes.tick_params(which="minor", colors=_FAINT)
+    axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", parse_math=False)
+    axes.set_xlabel("learning rate", color=_INK)
+    axes.set_ylabel("training loss", color=_INK)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=_INK, fontsize=9)
+    return _save_figure(figure, path)
+
+
 def confusion(matrix: Tensor | NDArray[Any] | Sequence[Sequence[int]], names: Sequence[str], path: str | Path) -> Path:
     """Draw a confusion matrix (K, K): rows true, columns predicted, shade by the row's share; counts if K <= 25."""
     counts = _numpy(matrix) if isinstance(matrix, Tensor) else np.asarray(matrix)

@@ -5,8 +5,6 @@ The values come ready-made (numbers, names, pictures as uint8 RGB arrays); what 
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,27 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-from PIL import Image
 
-from clearwing.show.draw import Picture, fit
-from clearwing.types import ClearwingError, atomic_path
+from clearwing.show.draw import Picture
+from clearwing.show.frame import Estimate, chart, finite, write_page
+from clearwing.types import ClearwingError
 
-MISTAKES_SHOWN, METHODS_SHOWN, MASKS_SHOWN, CLASSES_SHOWN = 24, 8, 24, 15
+MISTAKES_SHOWN, METHODS_SHOWN, TIMELINE_SHOWN, MASKS_SHOWN, CLASSES_SHOWN = 24, 8, 12, 24, 15
 """How many cards, rows and classes the page shows at most before it folds or leaves out; it says of how many."""
-
-TILE = 256
-"""The longer side of a picture in a gallery, in pixels."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +87,27 @@ class MethodRow:
 
 
 @dataclass(frozen=True, eq=False)
+class TimelineRow:
+    """One picture as the network saw it after some epochs: {epoch: (overlay (H, W, 3), probability of the class)}."""
+
+    key: str
+    true: str
+    picture: Picture
+    looks: Mapping[int, tuple[Picture, float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """Where the network looked while it learned."""
+
+    rows: tuple[TimelineRow, ...]
+    mask_iou: Mapping[int, float] = field(default_factory=dict)  # by epoch, of masks made of the maps
+    masked: int = 0  # pictures that `mask_iou` is the mean of
+    baseline: float | None = None  # the same rule on a Gaussian in the centre
+    about: str = ""  # how a map becomes a mask
+
+
+@dataclass(frozen=True, eq=False)
 class MaskPicture:
     """One picture with the outlines of mask and truth drawn; `iou` None where there is no truth."""
 
@@ -163,6 +168,7 @@ class Report:
     mistakes: tuple[Mistake, ...] | None = None  # None: not looked at; (): there are none
     mistakes_total: int | None = None
     methods: tuple[MethodRow, ...] = ()
+    timeline: Timeline | None = None
     segmentation: Segmentation | None = None
     skipped: tuple[tuple[str, str], ...] = ()  # (key, reason)
     commands: tuple[str, ...] = ()
@@ -174,81 +180,30 @@ def write_report(path: str | Path, report: Report) -> Path:
 
     Raises ClearwingError where a confusion matrix does not fit its class names, or `path` is a folder.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ClearwingError("path", path, "give the name of a file, such as report.html")
     for evaluation in report.evaluations:
         K = len(evaluation.class_names)
         if evaluation.confusion and [len(row) for row in evaluation.confusion] != [K] * K:
             raise ClearwingError(
                 "confusion", f"{len(evaluation.confusion)} rows", f"give {K} x {K} for {K} class names"
             )
-    here = Path(__file__).parent
-    house = Environment(
-        loader=FileSystemLoader(here),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    house.filters.update(
-        encode=_encode, percent=_percent, number=_number, duration=duration, plain=_plain, between=_between
-    )
-    page = house.get_template("report.html.jinja").render(
+    return write_page(
+        path,
+        "report.html.jinja",
         report=report,
-        style=Markup((here / "report.css").read_text(encoding="utf-8")),
-        script=Markup((here / "report.js").read_text(encoding="utf-8")),
         lead=report.summary or _lead(report),
         charts=_training_charts(report.training.metrics if report.training else ()),
+        iou_chart=_iou_chart(report.timeline),
         masks=_spread(report.segmentation.gallery if report.segmentation else ()),
         iou_strip=_strip(report.segmentation.per_image if report.segmentation else ()),
         confusion=_confusion,
         limits={
             "mistakes": MISTAKES_SHOWN,
             "methods": METHODS_SHOWN,
+            "timeline": TIMELINE_SHOWN,
             "masks": MASKS_SHOWN,
             "classes": CLASSES_SHOWN,
         },
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
-
-
-def duration(seconds: float) -> str:
-    """Write a time as a person would: 83 -> "1 min 23 s", 7300 -> "2 h 2 min"."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-# --- words and numbers ---------------------------------------------------------------------------------------
-
-
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
-
-
-def _number(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}"
-
-
-def _between(estimate: Estimate, percent: bool = False) -> str:
-    """Write the interval: "90.1 to 97.2 %" or "0.762 to 0.798", and nothing where there is none."""
-    if estimate.low is None or estimate.high is None:
-        return ""
-    if percent:
-        return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f} %"
-    return f"{estimate.low:.3f} to {estimate.high:.3f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _plain(name: object) -> str:
-    return str(name).replace("_", " ")
 
 
 def _lead(report: Report) -> str:
@@ -267,16 +222,6 @@ def _lead(report: Report) -> str:
 # --- pictures ------------------------------------------------------------------------------------------------
 
 
-def _encode(picture: Picture, size: int = TILE) -> dict[str, Any]:
-    """Give a data URI: WebP, lossless for pictures of a few pixels, which the page shows in whole blocks."""
-    small = fit(picture, size)
-    pixels = max(small.shape[:2]) <= 64
-    file = io.BytesIO()
-    Image.fromarray(small).save(file, format="WEBP", quality=85, lossless=pixels, method=4)
-    uri = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return {"uri": uri, "height": small.shape[0], "width": small.shape[1], "pixels": pixels}
-
-
 def _spread(gallery: Sequence[MaskPicture], most: int = MASKS_SHOWN) -> list[MaskPicture]:
     """Take at most `most` pictures, from the best IoU to the worst and evenly between; unscored ones last."""
     ordered = sorted(gallery, key=lambda item: -math.inf if item.iou is None else item.iou, reverse=True)
@@ -287,8 +232,6 @@ def _spread(gallery: Sequence[MaskPicture], most: int = MASKS_SHOWN) -> list[Mas
 
 # --- charts: coordinates here, drawn as inline SVG by the template ---------------------------------------------
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 380, 232, 42, 10, 12, 30
-
 
 def _training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     charts = []
@@ -297,81 +240,20 @@ def _training_charts(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
         ("Accuracy", {"train": "train_accuracy", "val": "val_accuracy", "test": "test_accuracy"}),
         ("Learning rate", {"lr": "lr"}),
     ):
-        series = {}
-        for label, name in names.items():
-            rows = [(float(row["epoch"]), float(row[name])) for row in metrics if row.get(name) is not None]
-            rows = [(x, y) for x, y in rows if math.isfinite(y)]
-            if rows:
-                series[label] = rows
+        series = {label: rows for label, name in names.items() if (rows := finite(metrics, "epoch", name))}
         if series:
-            charts.append(_chart(title, series, percent=title == "Accuracy"))
+            charts.append(chart(title, series, percent=title == "Accuracy"))
     return charts
 
 
-def _chart(title: str, series: Mapping[str, list[tuple[float, float]]], *, percent: bool) -> dict[str, Any]:
-    points = [point for rows in series.values() for point in rows]
-    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
-    top, bottom = max(y for _, y in points), min(y for _, y in points)
-    y_ticks = _ticks(math.floor(bottom * 5) / 5 if percent else 0.0, 1.0 if percent else top)
-    if top > y_ticks[-1] and len(y_ticks) > 1:
-        y_ticks.append(round(2 * y_ticks[-1] - y_ticks[-2], 10))
-    y_low, y_high = y_ticks[0], max(y_ticks[-1], top)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
-        up = (y - y_low) / (y_high - y_low) if y_high > y_low else 0.5
-        return (
-            round(_LEFT + across * (_WIDTH - _LEFT - _RIGHT), 1),
-            round(_HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM), 1),
-        )
-
-    def say(y: float) -> str:
-        return f"{100 * y:.1f} %" if percent else f"{y:.3g}"
-
-    def label(y: float) -> str:
-        return f"{100 * y:.0f} %" if percent else f"{y:g}"
-
-    epochs = sorted({x for x, _ in points})
-    epochs = epochs[:: math.ceil(len(epochs) / 150)]
-    at = {name: dict(rows) for name, rows in series.items()}
-    step = (_WIDTH - _LEFT - _RIGHT) / max(1, len(epochs))
-    return {
-        "title": title,
-        "size": (_WIDTH, _HEIGHT),
-        "frame": (_LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM),
-        "x_ticks": [(place(x, y_low)[0], f"{x:g}") for x in _ticks(x_low, x_high, whole=True)],
-        "y_ticks": [(place(x_low, y)[1], label(y)) for y in y_ticks],
-        "series": [
-            {
-                "name": name,
-                "line": " ".join(f"{a:g},{b:g}" for a, b in (place(*row) for row in rows)),
-                "end": place(*rows[-1]),
-                "last": say(rows[-1][1]),
-            }
-            for name, rows in series.items()
-        ],
-        "slots": [
-            {
-                "x": place(x, y_low)[0],
-                "step": round(step, 2),
-                "text": f"epoch {x:g}: " + ", ".join(f"{name} {say(ys[x])}" for name, ys in at.items() if x in ys),
-            }
-            for x in epochs
-        ],
-    }
-
-
-def _ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
-    """Round numbers from `low` to `high`, in steps of 1, 2, 2.5 or 5 times a power of ten."""
-    if high <= low:
-        return [low]
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * k for k in (1, 2, 2.5, 5, 10) if power * k >= raw * 0.999)
-    if whole:
-        step = max(1.0, round(step))
-    first = math.ceil(low / step - 1e-9)
-    return [round(k * step, 10) for k in range(first, math.floor(high / step + 1e-9) + 1)] or [low]
+def _iou_chart(timeline: Timeline | None) -> dict[str, Any] | None:
+    if timeline is None or not timeline.mask_iou:
+        return None
+    epochs = sorted(timeline.mask_iou)
+    series = {"Grad-CAM": [(float(x), timeline.mask_iou[x]) for x in epochs]}
+    if timeline.baseline is not None:
+        series["centre"] = [(float(x), timeline.baseline) for x in epochs]
+    return chart("Mask IoU", series, styles={"Grad-CAM": "train", "centre": "baseline"}, size=(760, 232))
 
 
 def _strip(values: Iterable[float]) -> dict[str, Any] | None:

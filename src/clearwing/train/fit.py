@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from clearwing.train.devices import agreement, summed
+from clearwing.train.ema import EMA
+from clearwing.train.optim import SAM
 from clearwing.train.schedule import Plan, Schedule
 from clearwing.types import Batch, ClearwingError
 
@@ -29,135 +35,185 @@ class Watcher(Protocol):
 
 
 @dataclass
+class Sums:
+    """Sums over an epoch; kept on the device so that no step waits for them."""
+
+    loss: Tensor | float = 0.0
+    correct: Tensor | float = 0.0
+    pictures: int = 0
+
+    def add(self, loss: Tensor, correct: Tensor, n: int) -> None:
+        exact = torch.float32 if loss.device.type == "mps" else torch.float64
+        self.loss = self.loss + loss.to(exact) * n
+        self.correct = self.correct + correct.to(exact)
+        self.pictures += n
+
+    def numbers(self) -> list[float]:
+        return [float(self.loss), float(self.correct), float(self.pictures)]
+
+
+@dataclass
 class FitState:
-    """Where a run stands; what `torch.save` keeps of it is enough to go on to the bit."""
+    """Where a run stands. With the module, the optimiser, the plan and the average it is enough to go on to the bit."""
 
     epoch: int = 0  # epochs that are over
     step: int = 0  # steps that are taken
+    batch: int = 0  # batches of the epoch under way that are behind
+    epoch_step: int = 0  # steps that were taken when the epoch under way began
+    sums: Sums = field(default_factory=Sums)  # of the epoch under way
     rows: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
 
+    def numbers(self) -> dict[str, Any]:
+        """Plain values, from which `from_numbers` makes the state again."""
+        counts = {"epoch": self.epoch, "step": self.step, "batch": self.batch, "epoch_step": self.epoch_step}
+        return counts | {"sums": self.sums.numbers(), "rows": list(self.rows)}
 
-def classification(label_smoothing: float = 0.0) -> Loss:
-    """Cross-entropy with label smoothing (Szegedy et al. 2016) on `batch.labels`."""
+    @staticmethod
+    def from_numbers(kept: dict[str, Any]) -> FitState:
+        loss, correct, pictures = kept["sums"]
+        epoch, step, batch, epoch_step = (int(kept[name]) for name in ("epoch", "step", "batch", "epoch_step"))
+        return FitState(epoch, step, batch, epoch_step, Sums(loss, correct, int(pictures)), list(kept["rows"]))
+
+
+def classification(label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> Loss:
+    """Cross-entropy with label smoothing (Szegedy et al. 2016) on `batch.targets` (N, K), or else `batch.labels` (N,).
+
+    `class_weights` (K,) multiply the loss of each class; the mean is over pictures, so give weights whose mean over
+    the training pictures is 1 (see `balanced_weights`).
+    """
 
     def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.labels is None:
             raise ClearwingError("batch.labels", None, "training needs labels")
         logits = module(batch.images).float()
-        value = nn.functional.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
-        return value, (logits.detach().argmax(1) == batch.labels).sum()
+        wanted = batch.labels if batch.targets is None else batch.targets
+        weights = None if class_weights is None else class_weights.to(logits.device)
+        each = nn.functional.cross_entropy(
+            logits, wanted, weight=weights, reduction="none", label_smoothing=label_smoothing
+        )
+        return each.mean(), (logits.detach().argmax(1) == batch.labels).sum()
 
     return loss
 
 
-def make_fabric(device: str = "auto", precision: str = "auto") -> Fabric:
-    """A launched Fabric for one device: cpu, cuda, cuda:1, mps or auto; bfloat16 where the processor has it."""
-    kind, _, index = device.partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not index.isdigit()):
-        raise ClearwingError("--device", device, "give auto, cpu, cuda, cuda:1 or mps")
-    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
-        raise ClearwingError("--device", device, f"this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise ClearwingError("--device", device, "this machine has no MPS device; use cpu")
-    accelerator = {"auto": "auto", "cuda": "gpu"}.get(kind, kind)
-    devices: Any = [int(index)] if index else 1
-    if precision == "auto":
-        precision = "bfloat16" if has_bfloat16(kind) else "float32"
-    # Fabric announces its precision on every start; the jobs say it once, in their own words.
-    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        precision="bf16-mixed" if precision == "bfloat16" else "32-true",
-    )
-    fabric.launch()
-    return fabric
+def balanced_weights(counts: Tensor) -> Tensor:
+    """Weights (K,) by which every class counts the same in the loss, 1 in the mean over pictures; `counts` (K,).
 
-
-def has_bfloat16(kind: str = "auto") -> bool:
-    """Whether the device multiplies in bfloat16 in hardware (AVX512-BF16 on a CPU, Ampere or later on CUDA)."""
-    if kind in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind == "mps" or (kind == "auto" and torch.backends.mps.is_available()):
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    w_k = N / (K n_k) (King and Zeng 2001). A class without pictures gets 0.
+    """
+    present = counts > 0
+    weights = counts.sum() / (present.sum() * counts.clamp(min=1)).float()
+    return torch.where(present, weights, torch.zeros_like(weights))
 
 
 def fit(
     module: nn.Module,
-    batches: Callable[[int], Iterable[Batch]],
+    batches: Callable[[int, int], Iterable[Batch]],
     loss: Loss,
     *,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
     plan: Plan,
     fabric: Fabric,
+    accumulate: int = 1,
+    clip: float = 0.0,
+    sam: SAM | None = None,
+    ema: EMA | None = None,
+    prepare: Callable[[nn.Module, int], Any] | None = None,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
-    validation_share: float = 1.0,
+    validation_share: float = math.inf,
+    enough: Callable[[list[dict[str, Any]]], bool] | None = None,
     watchers: Iterable[Watcher] = (),
     save: Callable[[FitState], None] | None = None,
+    save_every: float = math.inf,
+    compiled: Callable[[nn.Module], nn.Module] | None = None,
     state: FitState | None = None,
 ) -> FitState:
-    """Train `module` in place until the plan says that the run is over.
+    """Train `module` in place until the plan says that the run is over, or `enough(rows)` after an epoch.
 
-    `batches(epoch)` gives the batches of an epoch, already on the device and augmented; it must depend on the epoch
-    alone, so that a resumed run sees what the uninterrupted one would have seen. `validate(module)` is called after
-    an epoch with the module in eval mode and its figures join the row; epochs are passed over while it has taken more
-    than `validation_share` of the time, never the last one. `save(state)` is called after every
-    epoch. Ctrl-C ends the run where it stands: the module keeps what it learned and `state.interrupted` is set.
+    `batches(epoch, start)` gives the batches of an epoch without its first `start`, already on the device and
+    augmented; it must depend on these two alone, so that a resumed run sees what the uninterrupted one would have
+    seen. `prepare(module, epoch)` sets the mode for an epoch (by default `module.train()`) and may freeze layers.
+    `accumulate` batches make one step; the gradient's norm is cut to `clip`. With `ema`, its average is what is
+    validated. `validate(module)` is called after an epoch with a module in eval mode and its figures join the row;
+    epochs are passed over while it has taken more than `validation_share` of the time, never the last one.
+    `save(state)` is called after every epoch, and within one when `save_every` seconds have gone by. Ctrl-C or SIGTERM
+    ends the run after the step under way: it is saved, and `state.interrupted` is set. `compiled` is torch.compile,
+    or nothing.
+
+    With several processes each gives its own share of every batch, and all take the same number of steps.
 
     Raises ClearwingError (exit code 1) when the loss is no longer finite: the weights of the last saved epoch stay.
     """
     state = state or FitState()
     run = _Running(module, loss, optimizer, schedule, plan, fabric, tuple(watchers), state)
-    over = plan.over(state.step)
+    run.accumulate, run.clip, run.sam, run.ema = accumulate, clip, sam, ema
+    run.save, run.save_every, run.compiled = save, save_every, compiled
+    prepare = prepare or (lambda module, epoch: bool(module.train()))
+    over = run.agree([plan.over(state.step)])[0]
     try:
-        while not over:
-            row = run.epoch(batches(state.epoch))
-            over = plan.over(state.step)
-            if validate is not None and (over or run.validation_is_due(validation_share)):
-                row |= run.validated(validate, module)
-            row["seconds"] = time.monotonic() - run.began
-            state.epoch += 1
-            state.rows.append(row)
-            plan.epoch_ended(state.step)
-            for watcher in run.watchers:
-                watcher.epoch(row)
-            if save is not None:
-                save(state)
-    except KeyboardInterrupt:
+        with _asked_to_stop() as run.asked:
+            while not over:
+                prepare(module, state.epoch)
+                run.wrap(module)
+                row = run.epoch(batches(state.epoch, state.batch))
+                over, valid = run.agree([plan.over(state.step), run.validation_is_due(validation_share)])
+                if validate is not None and (over or valid):
+                    row |= run.validated(validate, module)
+                row["seconds"] = time.monotonic() - run.began
+                state.rows.append(row)
+                state.epoch, state.batch, state.epoch_step, state.sums = state.epoch + 1, 0, state.step, Sums()
+                plan.epoch_ended(state.step)
+                for watcher in run.watchers:
+                    watcher.epoch(row)
+                run.store()
+                over = over or bool(run.agree([enough is not None and enough(state.rows)])[0])
+    except _StoppedError:
+        state.interrupted = True
+        run.store()
+    except KeyboardInterrupt:  # the second Ctrl-C, in the middle of a step: what was saved before it stays
         state.interrupted = True
     module.eval()
     return state
 
 
-@dataclass
-class _Sums:
-    """Sums over an epoch; kept on the device so that no step waits for them."""
+class _StoppedError(Exception):
+    """Ctrl-C or SIGTERM, found between two steps."""
 
-    loss: Tensor | None = None
-    correct: Tensor | None = None
-    pictures: int = 0
-    lr: float = 0.0
 
-    def add(self, loss: Tensor, correct: Tensor, n: int) -> None:
-        self.loss = loss * n if self.loss is None else self.loss + loss * n
-        self.correct = correct if self.correct is None else self.correct + correct
-        self.pictures += n
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came; a second one ends at once. Signals reach the main thread only."""
+    asked = False
 
-    def means(self) -> dict[str, float]:
-        if self.loss is None or self.correct is None:
-            return {}
-        return {
-            "train_loss": float(self.loss) / self.pictures,
-            "train_accuracy": float(self.correct) / self.pictures,
-            "lr": self.lr,
-        }
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Running:
     """What stays the same from step to step of one call of `fit`."""
+
+    accumulate: int = 1
+    clip: float = 0.0
+    sam: SAM | None = None
+    ema: EMA | None = None
+    save: Callable[[FitState], None] | None = None
+    save_every: float = math.inf
+    compiled: Callable[[nn.Module], nn.Module] | None = None
 
     def __init__(
         self,
@@ -171,69 +227,160 @@ class _Running:
         state: FitState,
     ) -> None:
         self.peaks = [float(group.setdefault("peak_lr", group["lr"])) for group in optimizer.param_groups]
-        self.module, self.optimizer = fabric.setup(module, optimizer)
+        self.module: Any = None
+        self.trained: tuple[bool, ...] = ()
+        self.optimizer: Any = fabric.setup_optimizers(optimizer)
         self.loss, self.schedule, self.plan, self.fabric = loss, schedule, plan, fabric
         self.watchers, self.state = watchers, state
-        self.first = self.began = time.monotonic()
+        self.agree = agreement(fabric)
+        self.asked: Callable[[], bool] = lambda: False
+        self.first = self.began = self.saved = time.monotonic()
         self.validating = 0.0  # seconds spent on validation
+        self.before = 0  # pictures of the epoch that an earlier call saw
+
+    def wrap(self, module: nn.Module) -> None:
+        """Hand the module to Fabric; again where other parameters are trained than before (DDP fixes them then)."""
+        trained = tuple(p.requires_grad for p in module.parameters())
+        if trained != self.trained:
+            self.trained = trained
+            self.module = self.fabric.setup_module(module if self.compiled is None else self.compiled(module))
 
     def validation_is_due(self, share: float) -> bool:
-        return self.validating <= share * (time.monotonic() - self.first)
+        return math.isinf(share) or self.validating <= share * (time.monotonic() - self.first)
 
     def validated(self, validate: Callable[[nn.Module], dict[str, float]], module: nn.Module) -> dict[str, float]:
         began = time.monotonic()
         module.eval()
-        figures = validate(module)
+        figures = validate(module if self.ema is None else self.ema.module)
         self.validating += time.monotonic() - began
         return figures
 
     def epoch(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """One pass over the batches, unless the plan ends it earlier: the row of the epoch."""
-        self.began = time.monotonic()
-        self.module.train()
-        sums = _Sums()
-        for batch in batches:
-            if sums.pictures and self.plan.over(self.state.step):
-                break
-            self.step(batch, sums)
-        if not sums.pictures:
+        self.began, self.before, waited = time.monotonic(), self.state.sums.pictures, 0.0
+        stream = iter(batches)
+        try:
+            while True:
+                over, stop, store = self.agree(
+                    [
+                        self.state.sums.pictures > 0 and self.plan.over(self.state.step),
+                        self.asked(),
+                        time.monotonic() - self.saved > self.save_every,
+                    ]
+                )
+                if stop:
+                    raise _StoppedError
+                if store:
+                    self.store()
+                if over:
+                    break
+                asked = time.monotonic()
+                group = list(islice(stream, self.accumulate))
+                waited += time.monotonic() - asked
+                if not group:
+                    break
+                self.step(group)
+        finally:
+            if isinstance(stream, Iterator) and hasattr(stream, "close"):
+                stream.close()  # a thread that makes batches ahead ends with it
+        loss, correct, pictures = summed(self.fabric, *self.state.sums.numbers())
+        if not pictures:
             raise ClearwingError("batches", "none in this epoch", "give at least one picture to train on")
-        self.check(sums.means()["train_loss"])  # before the weights of this epoch are saved
-        speed = sums.pictures / max(time.monotonic() - self.began, 1e-9)
-        return {"epoch": self.state.epoch + 1, "step": self.state.step, **sums.means(), "images_per_s": speed}
+        self.check(loss / pictures)  # before the weights of this epoch are saved
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        return {
+            "epoch": self.state.epoch + 1,
+            "step": self.state.step,
+            "train_loss": loss / pictures,
+            "train_accuracy": correct / pictures,
+            "lr": self.lr,
+            "images_per_s": (self.state.sums.pictures - self.before) * self.fabric.world_size / seconds,
+            "waited": waited / seconds,
+        }
 
-    def step(self, batch: Batch, sums: _Sums) -> None:
-        progress = self.plan.progress(self.state.step)
-        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.schedule(progress)
-        value, correct = self.loss(self.module, batch)
+    @property
+    def lr(self) -> float:
+        """The largest learning rate in use."""
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def step(self, group: list[Batch]) -> None:
+        """One step of the optimiser on the gradients of a group of batches."""
+        progress = self.agree([self.plan.progress(self.state.step)])[0]
+        self.plan.took(progress)
+        for parameters, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            parameters["lr"] = peak * self.schedule(progress)
         self.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(value)
+        pictures = sum(map(len, group))
+        for i, batch in enumerate(group):
+            with self.fabric.no_backward_sync(self.module, enabled=i < len(group) - 1):
+                value, correct = self.loss(self.module, batch)
+                self.fabric.backward(value * (len(batch) / pictures))
+            self.state.sums.add(value.detach(), correct, len(batch))
+        trained = [p for p in self.module.parameters() if p.grad is not None]
+        if self.sam is not None:
+            self.sharpen(group[0], trained)
+        if self.clip:
+            nn.utils.clip_grad_norm_(trained, self.clip)
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.module)
         self.state.step += 1
-        sums.lr = self.optimizer.param_groups[0]["lr"]
-        sums.add(value.detach(), correct, len(batch))
+        self.state.batch += len(group)
         # Reading a sum waits for the device: on an accelerator it is done now and then only.
         if self.fabric.device.type == "cpu" or self.state.step % 50 == 0:
-            self.tell(sums, progress)
+            self.tell(progress)
+
+    def sharpen(self, batch: Batch, trained: list[nn.Parameter]) -> None:
+        """Replace the gradients by those at the worst point near by (Foret et al. 2021, eq. 3)."""
+        if self.sam is None:
+            return
+        self.sam.climb(trained)
+        self.optimizer.zero_grad(set_to_none=True)
+        with steady_statistics(self.module):
+            self.fabric.backward(self.loss(self.module, batch)[0])
+        self.sam.descend()
+
+    def store(self) -> None:
+        """Save; the sums over the processes are kept by the first, so that a resumed run counts them once."""
+        if self.save is None:
+            return
+        loss, correct, pictures = summed(self.fabric, *self.state.sums.numbers())
+        self.state.sums = Sums(loss, correct, int(pictures))
+        self.save(self.state)
+        if self.fabric.global_rank:
+            self.state.sums = Sums()
+        self.saved = time.monotonic()
 
     def check(self, loss: float) -> None:
         if not math.isfinite(loss):
             mend = f"not finite at step {self.state.step}; try a smaller --lr or --precision float32"
             raise ClearwingError("loss", loss, mend, exit_code=1)
 
-    def tell(self, sums: _Sums, progress: float) -> None:
-        means = sums.means()
-        self.check(means["train_loss"])
-        row = {
-            "loss": means["train_loss"],
-            "accuracy": means["train_accuracy"],
-            "lr": sums.lr,
-            "progress": progress,
-        }
-        row["pictures"], row["images_per_s"] = sums.pictures, sums.pictures / (time.monotonic() - self.began)
+    def tell(self, progress: float) -> None:
+        loss, correct, pictures = self.state.sums.numbers()
+        self.check(loss / pictures)
+        row = {"loss": loss / pictures, "accuracy": correct / pictures, "lr": self.lr, "progress": progress}
+        seconds = max(time.monotonic() - self.began, 1e-9)
+        row["pictures"], row["images_per_s"] = pictures, (pictures - self.before) * self.fabric.world_size / seconds
         remaining = self.plan.remaining(self.state.step)
         if remaining is not None:
             row["remaining"] = remaining
         for watcher in self.watchers:
             watcher.step(self.state.epoch + 1, row)
+
+
+@contextmanager
+def steady_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm goes by the batch, but its running statistics do not move: one step must not count a batch twice."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    momenta = [norm.momentum for norm in norms]
+    counts = [norm.num_batches_tracked.clone() if norm.num_batches_tracked is not None else None for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from clearwing.types import ClearwingError, near
@@ -48,11 +49,21 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def schedule(name: str) -> Schedule:
-    """The schedule of that name; ClearwingError with the near names where there is none."""
+def schedule(name: str, warmup: float | None = None) -> Schedule:
+    """The schedule of that name, rising for the share `warmup` of the run instead of its own.
+
+    Raises ClearwingError for another name, a share outside [0, 1), and for `step` and `constant`, which do not rise.
+    """
     if name not in SCHEDULES:
         raise ClearwingError("schedule", name, near(name, list(SCHEDULES)))
-    return SCHEDULES[name]
+    if warmup is None:
+        return SCHEDULES[name]
+    if not 0 <= warmup < 1:
+        raise ClearwingError("warmup", warmup, "give a share from 0 to below 1")
+    if name not in ("one-cycle", "cosine"):
+        raise ClearwingError("warmup", warmup, f"the schedule {name} has none; leave it out")
+    rising = one_cycle if name == "one-cycle" else cosine
+    return partial(rising, warm=warmup)
 
 
 class Plan(Protocol):
@@ -64,6 +75,14 @@ class Plan(Protocol):
 
     def progress(self, step: int) -> float:
         """The share of the run that is behind the step to be taken, in [0, 1]."""
+        ...
+
+    def took(self, progress: float) -> None:
+        """Told of the progress with which a step is taken: that of the process that is furthest."""
+        ...
+
+    def share(self, step: int) -> float:
+        """The progress of the last of `step` steps; 0 before the first."""
         ...
 
     def epoch_ended(self, step: int) -> None:
@@ -94,6 +113,12 @@ class Steps:
 
     def progress(self, step: int) -> float:
         return step / self.total
+
+    def took(self, progress: float) -> None:
+        pass
+
+    def share(self, step: int) -> float:
+        return self.progress(step - 1) if step else 0.0
 
     def epoch_ended(self, step: int) -> None:
         pass
@@ -155,8 +180,13 @@ class Budget:
 
     def progress(self, step: int) -> float:
         p = min(self.elapsed / (self.seconds - self.reserve), 1.0)
-        self.history.append(max(p, self.history[-1]) if self.history else p)  # a grown reserve never turns it back
-        return self.history[-1]
+        return max(p, self.history[-1]) if self.history else p  # a grown reserve never turns it back
+
+    def took(self, progress: float) -> None:
+        self.history.append(progress)
+
+    def share(self, step: int) -> float:
+        return self.history[step - 1] if step else 0.0
 
     def epoch_ended(self, step: int) -> None:
         self._last = None  # a validation must not count as the pace of a step
@@ -181,20 +211,19 @@ class FirstEpoch(Budget):
 
     def __init__(self, seconds: float, share: float = 0.8, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(seconds, clock)
-        self.share, self.first, self.total = share, 0, 0
+        self.used_share, self.first, self.total = share, 0, 0
 
     def over(self, step: int) -> bool:
         return step >= self.total if self.total else super().over(step)
 
     def progress(self, step: int) -> float:
-        self.history.append((step - self.first) / (self.total - self.first) if self.total else 0.0)
-        return self.history[-1]
+        return min((step - self.first) / (self.total - self.first), 1.0) if self.total else 0.0
 
     def epoch_ended(self, step: int) -> None:
         super().epoch_ended(step)
         if not self.total:
             left = self.seconds - self.reserve - self.elapsed
-            self.first, self.total = step, step * (1 + max(int(self.share * left / self.elapsed), 0))
+            self.first, self.total = step, step * (1 + max(int(self.used_share * left / self.elapsed), 0))
 
     def remaining(self, step: int) -> float | None:
         return (self.total - step) * self.elapsed / step if self.total and step else None
