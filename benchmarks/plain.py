@@ -82,6 +82,7 @@ def plain_epochs(
     """Train epoch by epoch in float32 with the layout that pictures come in; yields the seconds of each epoch."""
     optimizer = torch.optim.SGD(net.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
     criterion = nn.CrossEntropyLoss()
+    torch.backends.cudnn.benchmark = device.startswith("cuda")  # as kuangliu's main.py
     schedule: torch.optim.lr_scheduler.LRScheduler
     if recipe.schedule == "one-cycle":
         schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -94,6 +94,16 @@ def _parse_settings(name: str, kind: type[configs.Common], argv: list[str]) -> c
         raise _one_line(written.getvalue(), name, kind) from None
 
 
+_DROPPED = (
+    ("--size", (), "train_size"),
+    ("--crop", ("none",), "train_size"),
+    ("--cutout", ("0",), "cutout_off"),
+    ("--schedule", ("step", "constant"), "warmup"),
+    ("--weights", (), "whiten"),
+)
+"""Settings of a recipe that say nothing any more when the one they belong to is given (as one of these values)."""
+
+
 def _stored_settings(kind: type[configs.Common], argv: list[str]) -> dict[str, Any]:
     """Settings from --recipe and --config FILE, or with --resume from the run; not those that are about one call."""
     path, recipe = _value_of("--config", argv), _value_of("--recipe", argv)
@@ -111,6 +121,11 @@ def _stored_settings(kind: type[configs.Common], argv: list[str]) -> dict[str, A
     lengths = {"--epochs": "epochs", "--time-budget": "time_budget", "--replay": "replay"}
     if any(_value_of(option, argv) is not None for option in lengths):  # what is given wins over its rivals, too
         settings = {key: item for key, item in settings.items() if key not in lengths.values()}
+    if "--resume" not in argv:
+        for option, values, partner in _DROPPED:
+            given = _value_of(option, argv)
+            if given is not None and (not values or given in values):
+                settings.pop(partner, None)
     once = {"resume", "overwrite", "json", "config"} | ({"out"} if kind is configs.LrFindConfig else set())
     return {key: item for key, item in settings.items() if key not in once}
 
@@ -119,7 +134,7 @@ def _value_of(option: str, argv: list[str]) -> str | None:
     """What is given for an option as `--option value` or `--option=value`, before the parser runs."""
     for at, word in enumerate(argv):
         name, equals, value = word.partition("=")
-        if name == option:
+        if name.replace("_", "-") == option:
             return value if equals else (argv[at + 1] if at + 1 < len(argv) else "")
     return None
 

@@ -11,7 +11,8 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import Positional
 
@@ -238,7 +239,7 @@ class LrFindConfig(TrainConfig):
     """
 
     out: str = ""
-    """Write the plot to this file (.png or .svg), and what it shows to a .json beside it. Default: nothing is written."""
+    """Write the plot to this file (.png or .svg), and its values to a .json beside it. Default: nothing is written."""
     low: float = 1e-6
     """The first learning rate; it grows by the same factor at every step."""
     high: float = 10.0
@@ -481,24 +482,29 @@ def from_file(kind: type[C], path: str | Path) -> dict[str, Any]:
 
 def _settings(kind: type[Common], values: dict[str, Any], argument: str, path: str | Path) -> dict[str, Any]:
     """The values as settings of `kind`; ClearwingError where a name or a type is none of it."""
-    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    types, hints = {field.name: str(field.type) for field in dataclasses.fields(kind)}, get_type_hints(kind)
     for name, value in values.items():
         if name not in types:
             raise ClearwingError(argument, f"{path}: {name}", near(name, list(types)))
-        if not _is_a(value, types[name]):
+        if not _is_a(value, hints[name]):
             raise ClearwingError(argument, f"{path}: {name} = {value!r}", f"give {types[name]}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _is_a(value: Any, kind: str) -> bool:
-    """Whether a JSON value fits the annotation of a setting."""
-    if value is None:
-        return "None" in kind
-    if isinstance(value, list):
-        return kind.startswith("tuple") and all(isinstance(item, int) for item in value)
-    known: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float)}
-    wanted = known.get(kind.removesuffix(" | None"), (str, int))
-    return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value of JSON or TOML fits the type of a setting."""
+    parts = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if get_origin(kind) is tuple:
+        repeated = parts[-1] is Ellipsis
+        kinds = parts[:1] * len(value) if isinstance(value, list) and repeated else parts
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind
 
 
 def seconds(text: str, argument: str = "--time-budget") -> float:

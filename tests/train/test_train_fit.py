@@ -216,6 +216,51 @@ def test_a_signal_ends_the_run_between_two_steps_with_its_state_saved():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_second_signal_ends_at_once():
+    class Impatient:
+        def step(self, epoch, row):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+        def epoch(self, row):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), 4, watchers=[Impatient()])
+
+
+def test_a_run_that_was_stopped_in_its_last_step_still_has_its_last_epoch():
+    class Last:
+        def step(self, epoch, row):
+            if epoch == 2 and row["pictures"] == 32:
+                signal.raise_signal(signal.SIGTERM)
+
+        def epoch(self, row):
+            pass
+
+    module, validated = network(), []
+    opt = optimizer(module, "sgd", 0.1)
+    kept = train(module, 2, opt=opt, watchers=[Last()]).numbers()
+    assert (kept["step"], kept["batch"], len(kept["rows"])) == (8, 4, 1)
+
+    def validate(module):
+        validated.append(True)
+        return {"val_accuracy": 0.5}
+
+    state = train(module, 2, opt=opt, state=FitState.from_numbers(kept), validate=validate)
+    assert (state.epoch, state.step, len(state.rows), validated) == (2, 8, 2, [True])
+    assert state.rows[-1]["seconds"] >= kept["seconds"] > 0
+    again = train(module, 2, opt=opt, state=FitState.from_numbers(state.numbers()), validate=validate)
+    assert (len(again.rows), validated) == (2, [True])  # and once it is over, nothing more
+
+
+def test_what_was_enough_stays_enough_when_it_is_resumed():
+    module = network()
+    state = train(module, 9, enough=lambda rows: len(rows) == 2)
+    again = train(module, 9, state=FitState.from_numbers(state.numbers()), enough=lambda rows: len(rows) >= 2)
+    assert again.epoch == 2
+
+
 def test_frozen_parameters_stay_and_thaw_later():
     module = network()
     before = module[0].weight.detach().clone()
@@ -254,7 +299,7 @@ def test_ctrl_c_keeps_what_was_learned():
     class Impatient:
         def step(self, epoch, row):
             if epoch == 2:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         def epoch(self, row):
             pass

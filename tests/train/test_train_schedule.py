@@ -129,6 +129,21 @@ def test_first_epoch_plans_eighty_percent_of_what_fits():
     assert plan.history[-1] == pytest.approx(149 / 150)
 
 
+def test_first_epoch_ends_after_it_where_no_other_fits():
+    clock = Clock()
+    plan = FirstEpoch(8, clock=clock)
+    assert run_plan(plan, clock, lambda step: 0.5) == 10
+    assert plan.over(10)
+    assert 0 <= plan.progress(10) <= 1
+
+
+def test_the_share_behind_a_step_names_whole_epochs():
+    plan = Steps(20 * 7)
+    assert [epoch for epoch in range(20) if plan.share(7 * epoch) >= 1 - 0.15 - 1e-9] == [17, 18, 19]
+    assert Replay([0.1, 0.5, 0.9]).share(0) == 0
+    assert Replay([0.1, 0.5, 0.9]).share(2) == 0.5
+
+
 def test_replay_repeats_the_progress_of_a_budget():
     clock = Clock()
     plan = Budget(20, clock=clock)

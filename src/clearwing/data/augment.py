@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,12 @@ def _part(count: int, generator: Generator | Draw) -> tuple[Generator, int, slic
     if isinstance(generator, Draw):
         return generator.generator, generator.total, slice(generator.first, generator.first + count)
     return generator, count, slice(None)
+
+
+@lru_cache(maxsize=64)
+def _kept(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A constant on the device, made once: every copy to an accelerator would wait for it."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def _uniform(count: int, low: float, high: float, generator: Generator | Draw, like: Tensor) -> Tensor:
@@ -194,7 +201,7 @@ def cutout(images: Tensor, generator: Generator | Draw, side: int, fill: Sequenc
     if fill is None:
         colour = images.mean((2, 3), keepdim=True)
     else:
-        colour = torch.tensor(fill, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
+        colour = _kept(tuple(fill), images.device, images.dtype).view(1, -1, 1, 1)
     return torch.where(covered[:, None], colour, images)
 
 
@@ -222,7 +229,7 @@ def colour_jitter(
     bright, contrasted = factor(brightness), factor(contrast)
     pixels = images.reshape(N, C, H * W)
     if C == 3:
-        weights = images.new_tensor(LUMA)
+        weights = _kept(LUMA, images.device, images.dtype)
         luma = torch.einsum("nc,c->n", pixels.mean(2), weights)[:, None, None]
         grey = weights.expand(3, 3)  # every row gives the luma
         keep = factor(saturation)

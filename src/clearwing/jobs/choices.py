@@ -11,7 +11,7 @@ from clearwing.config import MODELS, TrainConfig, as_json, seconds
 from clearwing.data.augment import Augment
 from clearwing.data.sources import Dataset
 from clearwing.models.zoo import BLOCKS
-from clearwing.run import Run, plain
+from clearwing.run import Run, plain, read_json
 from clearwing.train.schedule import schedule
 from clearwing.types import ClearwingError, near
 
@@ -40,8 +40,8 @@ def check(config: TrainConfig) -> None:
         raise ClearwingError("--model", config.model, near(config.model, MODELS))
     if config.weights not in (None, "imagenet") and not Path(str(config.weights)).is_file():
         raise ClearwingError("--weights", config.weights, "no such file; give imagenet or a weights file")
-    if config.replay is not None and not Path(config.replay).is_file():
-        raise ClearwingError("--replay", config.replay, "no such file; give the plan.json of a run")
+    if config.replay is not None:
+        read_plan(config)
     if config.val == "train":
         raise ClearwingError("--val", "train", "watch another split than the one that is learned")
     if config.resume and config.overwrite:
@@ -104,6 +104,8 @@ def conflicts(config: TrainConfig) -> None:
         raise ClearwingError("--whiten", True, "would overwrite the first convolution of --weights; leave one out")
     if config.cutout_off and not config.cutout:
         raise ClearwingError("--cutout-off", config.cutout_off, "there is no cutout; give --cutout, too")
+    if (config.class_weights, config.sampling) == ("balanced", "balanced"):
+        raise ClearwingError("--class-weights", "balanced", "and --sampling balanced correct twice; give one of them")
     if config.train_size is not None and config.crop == "none":
         raise ClearwingError("--train-size", config.train_size, "needs a crop; leave --crop none out")
     if config.stream and config.sampling != "shuffled":
@@ -114,13 +116,35 @@ def conflicts(config: TrainConfig) -> None:
         raise ClearwingError("--pattern", config.pattern, "a stream is Parquet, which holds its labels; leave it out")
 
 
+def read_plan(config: TrainConfig) -> list[float]:
+    """The progress of every step of the run that is repeated."""
+    if config.epochs is not None or config.time_budget is not None:
+        raise ClearwingError("--replay", config.replay, "has a length of its own; leave --epochs and --time-budget out")
+    path = Path(str(config.replay))
+    plan = read_json(path) if path.is_file() else {}
+    plan = plan if isinstance(plan, dict) else {}
+    progress = plan.get("progress")
+    if not isinstance(progress, list) or not all(isinstance(p, int | float) and 0 <= p <= 1 for p in progress):
+        raise ClearwingError("--replay", config.replay, "give the plan.json of a run under a time budget")
+    if plan.get("seed") != config.seed:
+        raise ClearwingError("--replay", config.replay, f"is the plan of seed {plan.get('seed')}; give --seed, too")
+    return progress
+
+
 def same_run(run: Run, config: TrainConfig, dataset: Dataset) -> None:
     """Refuse to go on with other classes or other settings than the run began with; it may be made longer."""
     if run.class_names != dataset.class_names:
         raise ClearwingError("--resume", run.path, f"the run has the classes {', '.join(run.class_names[:10])}")
     free = {"epochs", "time_budget", "device", "devices", "nodes", "threads", "json", "tensorboard", "data", "out"}
-    free |= {"resume", "overwrite", "config", "recipe", "save_every", "patience", "compile"}
+    free |= {"resume", "overwrite", "config", "save_every", "patience", "compile"}
     before = run.config["train"]
+    for name in ("epochs", "time_budget", "replay"):
+        if (before.get(name) is None) != (getattr(config, name) is None) and name != "epochs":
+            mend = "the run's length was given in another way; give --epochs, --time-budget or --replay as then"
+            raise ClearwingError(f"--{name.replace('_', '-')}", getattr(config, name), mend)
+    count, counted = len(dataset.splits["train"]), run.config["data"]["splits"].get("train")
+    if count != counted:
+        raise ClearwingError("--resume", run.path, f"the run has {counted} pictures to train on, DATA {count}")
     for name, value in plain(as_json(config)).items():
         if name not in free and before.get(name, value) != value:
             mend = f"the run has another {name}, {before[name]}; leave it out, or start afresh"

@@ -27,7 +27,7 @@ NOT_OF_TRAIN = {"out", "lr", "json", "overwrite", "config", "recipe", "data"}
 
 
 def lr_find(config: LrFindConfig) -> dict[str, Any]:
-    """Run the test on what `clearwing train` would train; returns what the command prints. No val picture is read."""
+    """Run the test on what `clearwing train` would train; returns what the command prints. Val takes no part."""
     check_range(config)
     check(config)
     if config.threads:
@@ -44,7 +44,9 @@ def lr_find(config: LrFindConfig) -> dict[str, Any]:
             chosen = fitting(config, chosen, model, len(pictures), fabric)
         run = Run(Path(config.out), {})  # never written
         run.class_names = dataset.class_names
-        session = Session(config, chosen, run, model, pictures, None, fabric, progress, time.monotonic(), time.monotonic)
+        session = Session(
+            config, chosen, run, model, pictures, None, fabric, progress, time.monotonic(), time.monotonic
+        )
         session.tell_what_begins()
         found = range_test(
             session.model,

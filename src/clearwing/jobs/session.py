@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -18,10 +19,10 @@ from clearwing.data.augment import seed_of
 from clearwing.data.loader import Pictures, epoch_order
 from clearwing.data.mix import mixed
 from clearwing.data.stream import Stream
-from clearwing.jobs.choices import Chosen, augmentation
+from clearwing.jobs.choices import Chosen, augmentation, read_plan
 from clearwing.jobs.progress import Progress, TensorBoard, TrainingBar
 from clearwing.models.classifier import Classifier
-from clearwing.run import Run, read_json, write_json
+from clearwing.run import Run, write_json
 from clearwing.train.devices import share, whole_logits
 from clearwing.train.ema import EMA
 from clearwing.train.fit import FitState, Sums, Watcher, balanced_weights, classification, fit
@@ -54,6 +55,8 @@ class Session:
     ) -> None:
         self.config, self.chosen, self.run, self.pictures, self.watched = config, chosen, run, pictures, watched
         self.fabric, self.progress, self.began, self.clock = fabric, progress, began, clock
+        if fabric.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes stay the same from step to step
         self.first = fabric.is_global_zero  # it alone writes
         network: nn.Module = synchronised(model) if fabric.world_size > 1 else model
         self.model = network.to(fabric.device).to(memory_format=torch.channels_last)
@@ -93,7 +96,7 @@ class Session:
 
     def make_plan(self) -> Plan:
         if self.config.replay is not None:
-            return Replay(read_json(Path(self.config.replay)).get("progress", []))
+            return Replay(read_plan(self.config))
         if self.config.time_budget is None:
             return Steps(self.steps * (self.chosen.epochs or 1))
         total = seconds(self.config.time_budget)
@@ -139,7 +142,7 @@ class Session:
         finally:
             if self.board is not None:
                 self.board.close()
-        if self.state.interrupted and self.first:
+        if self.state.interrupted and self.first:  # the weights that state.pt holds, for who looks at the run meanwhile
             self.run.save_weights(self.handed_on)
         return self.state
 
@@ -181,14 +184,14 @@ class Session:
 
     def loss(self) -> Any:
         counts = self.pictures.class_counts(len(self.run.class_names))
-        weights = balanced_weights(counts) if self.config.class_weights == "balanced" else None
+        weights = balanced_weights(counts).to(self.fabric.device) if self.config.class_weights == "balanced" else None
         return classification(self.config.label_smoothing, weights)
 
     def compiler(self) -> Callable[[nn.Module], nn.Module] | None:
         """torch.compile, tried on a copy: None, with a word, where this machine cannot."""
-        trial = torch.compile(copy.deepcopy(self.model).train())
-        images = torch.rand(2, self.config.channels, *2 * (self.chosen.train_size,), device=self.fabric.device)
+        images = torch.zeros(2, self.config.channels, *2 * (self.chosen.train_size,), device=self.fabric.device)
         try:
+            trial = compile_module(copy.deepcopy(self.model).train())
             with self.fabric.autocast():
                 trial(images.contiguous(memory_format=torch.channels_last)).float().sum().backward()
         except (RuntimeError, OSError) as error:  # no C++ compiler, no Triton: torch's own errors are RuntimeErrors
@@ -207,7 +210,7 @@ class Session:
         """An epoch's batches from the one numbered `start`; what is drawn depends on seed, epoch and batch alone."""
         config, K = self.config, len(self.run.class_names)
         augment = self.augment
-        if config.cutout_off and self.plan.share(self.state.epoch_step) >= 1 - config.cutout_off:
+        if config.cutout_off and self.plan.share(self.state.epoch_step) >= 1 - config.cutout_off - 1e-9:
             augment = dataclasses.replace(augment, cutout=0)
         order = None
         if isinstance(self.pictures, Pictures):
@@ -295,8 +298,10 @@ class Session:
         }
         if self.fabric.device.type == "cuda":
             kept["cuda_rng"] = torch.cuda.get_rng_state(self.fabric.device)
+        packed = io.BytesIO()  # written by torch itself, a full disk would be a RuntimeError without a word of it
+        torch.save(kept, packed)
         with atomic_path(self.run.file("state.pt")) as temporary:
-            torch.save(kept, temporary)
+            temporary.write_bytes(packed.getbuffer())
 
     def restore(self) -> None:
         """Go on from state.pt; from the beginning where a run was killed before it saved one."""
@@ -304,7 +309,11 @@ class Session:
         if not path.is_file():
             self.progress.say("nothing to resume: nothing was saved yet; starting from the beginning")
             return
-        kept = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            mend = "is damaged and cannot be gone on from; start afresh with --overwrite"
+            raise ClearwingError("--resume", path, mend) from error
         self.model.load_state_dict(kept["model"])
         self.optimizer.load_state_dict(kept["optimizer"])
         if self.ema is not None:

@@ -25,7 +25,7 @@ from clearwing.models.classifier import Classifier, wrap
 from clearwing.models.whiten import whiten_stem
 from clearwing.models.zoo import build
 from clearwing.run import Run, write_json
-from clearwing.train.devices import check_devices, in_processes, is_child, make_fabric, one_fails_all_stop
+from clearwing.train.devices import check_devices, everyone, in_processes, is_child, make_fabric, one_fails_all_stop
 from clearwing.train.fit import FitState
 from clearwing.train.memory import largest_batch
 from clearwing.types import ClearwingError
@@ -58,9 +58,11 @@ def train(
             result = in_processes(train, config, devices=config.devices, nodes=config.nodes, began=began)
             return result or {"exit_code": 0}
     fabric = make_fabric(config.device, config.precision, devices=config.devices, nodes=config.nodes)
-    chosen = shared_equally(config, chosen, fabric.world_size)
     if run is not None:
         same_run(run, config, dataset)
+        before = run.config["resolved"]  # the batch may have been found by the memory, or by the number of processes
+        chosen = dataclasses.replace(chosen, batch_size=int(before["batch_size"]), lr=float(before["lr"]))
+    chosen = shared_equally(config, chosen, fabric.world_size, run is not None)
     run = run or Run(Path(config.out), {})
     with one_fails_all_stop(fabric), Progress(config.json or not fabric.is_global_zero) as progress:
         pictures, watched = load_train_and_val(config, dataset, chosen, progress)
@@ -82,9 +84,16 @@ def train(
             write_json(run.file("classes.json"), list(dataset.class_names))
         fabric.barrier()
         session = Session(config, chosen, run, model, pictures, watched, fabric, progress, began, clock)
-        state = session.train()
-        if fabric.is_global_zero and config.stream:  # it finds only now what cannot be read
-            run.write_config(data=describe(dataset, pictures, watched, config))
+        try:
+            state = session.train()
+        except torch.OutOfMemoryError as error:
+            mend = "a step does not fit the memory of the device; give a smaller one, or auto"
+            raise ClearwingError("--batch-size", chosen.batch_size, mend, exit_code=1) from error
+        if config.stream:  # it finds only now what cannot be read, each process among its own pictures
+            found = describe(dataset, pictures, watched, config)
+            found["skipped"] = sorted({tuple(item) for part in everyone(fabric, found["skipped"]) for item in part})
+            if fabric.is_global_zero:
+                run.write_config(data=found)
     if not fabric.is_global_zero:
         return {"exit_code": int(state.interrupted)}
     return summarise(run, session, state, clock() - began)
@@ -180,10 +189,12 @@ def make_model(config: TrainConfig, dataset: Dataset, chosen: Chosen, pictures: 
     return model
 
 
-def shared_equally(config: TrainConfig, chosen: Chosen, processes: int) -> Chosen:
+def shared_equally(config: TrainConfig, chosen: Chosen, processes: int, fixed: bool) -> Chosen:
     """The choices with a batch that the processes can share in equal parts."""
     if chosen.batch_size % processes == 0:
         return chosen
+    if fixed:
+        raise ClearwingError("--devices", processes, f"cannot share the run's batches of {chosen.batch_size} equally")
     if config.batch_size is not None:
         raise ClearwingError("--batch-size", chosen.batch_size, f"give a multiple of the {processes} processes")
     batch = max(chosen.batch_size // processes, 1) * processes

@@ -1,4 +1,9 @@
-"""A stem whose first filters whiten the patches of the pictures that it will be trained on."""
+"""A stem whose first filters whiten the patches of the pictures that it will be trained on.
+
+Tried with ResNet-8 (widths 32, 16, 32) on 2,500 pictures of CIFAR-10 (JPEG copies) for 6 epochs, accuracy on 1,000
+others (CPU, torch 2.15): He's stem 46.9 +- 0.5 %, whitening filters brought to He's length 48.0 +- 0.9 %, filters whose
+responses have the deviation one 52.4 +- 1.1 % (3 seeds each); the code as it is here 51.4 and 54.1 % (seeds 0 and 1).
+"""
 
 from __future__ import annotations
 
@@ -24,10 +29,10 @@ def whiten_stem(model: Classifier, images: Tensor, eps: float = 5e-4) -> None:
     Each filter is e / sqrt(eigenvalue + eps), not brought to the length of He's filters although a batch norm follows:
     behind it a filter turns by about gradient / length^2, so the long ones, for fine detail, stay nearly as they are
     while the short ones go on learning, which takes the place of freezing them (and weight decay shortens all alike).
-    See benchmarks/RESULTS.md. The statistics of the batch norm are set to those of the responses, its weights so that
-    what leaves it has the covariance eigenvalue / (eigenvalue + eps), in training and eval mode alike, but for the
-    zeros around the picture. No random number is drawn; an eigenvector has the sign with which its dot product with
-    (1, 1/2, 1/3, ...) is positive.
+    The statistics of the batch norm are set to those of the responses, its weights so that what leaves it has the
+    covariance eigenvalue / (eigenvalue + eps), in training and eval mode alike, but for the zeros around the picture.
+    No random number is drawn; an eigenvector has the sign with which its dot product with (1, 1/2, 1/3, ...) is
+    positive.
 
     A few hundred pictures will do; the arithmetic is in float64 on the device of the model.
 

@@ -61,19 +61,25 @@ class FitState:
     batch: int = 0  # batches of the epoch under way that are behind
     epoch_step: int = 0  # steps that were taken when the epoch under way began
     sums: Sums = field(default_factory=Sums)  # of the epoch under way
+    seconds: float = 0.0  # that the epoch under way took before it was saved
     rows: list[dict[str, Any]] = field(default_factory=list)
     interrupted: bool = False
+
+    def next_epoch(self) -> None:
+        """An epoch is over."""
+        self.epoch, self.batch, self.epoch_step, self.sums, self.seconds = self.epoch + 1, 0, self.step, Sums(), 0.0
 
     def numbers(self) -> dict[str, Any]:
         """Plain values, from which `from_numbers` makes the state again."""
         counts = {"epoch": self.epoch, "step": self.step, "batch": self.batch, "epoch_step": self.epoch_step}
-        return counts | {"sums": self.sums.numbers(), "rows": list(self.rows)}
+        return counts | {"sums": self.sums.numbers(), "seconds": self.seconds, "rows": list(self.rows)}
 
     @staticmethod
     def from_numbers(kept: dict[str, Any]) -> FitState:
         loss, correct, pictures = kept["sums"]
         epoch, step, batch, epoch_step = (int(kept[name]) for name in ("epoch", "step", "batch", "epoch_step"))
-        return FitState(epoch, step, batch, epoch_step, Sums(loss, correct, int(pictures)), list(kept["rows"]))
+        sums, seconds = Sums(loss, correct, int(pictures)), float(kept["seconds"])
+        return FitState(epoch, step, batch, epoch_step, sums, seconds, list(kept["rows"]))
 
 
 def classification(label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> Loss:
@@ -139,8 +145,8 @@ def fit(
     validated. `validate(module)` is called after an epoch with a module in eval mode and its figures join the row;
     epochs are passed over while it has taken more than `validation_share` of the time, never the last one.
     `save(state)` is called after every epoch, and within one when `save_every` seconds have gone by. Ctrl-C or SIGTERM
-    ends the run after the step under way: it is saved, and `state.interrupted` is set. `compiled` is torch.compile,
-    or nothing.
+    ends the run after the step under way: it is saved, and `state.interrupted` is set; a second one raises
+    KeyboardInterrupt at once. `compiled` is torch.compile, or nothing.
 
     With several processes each gives its own share of every batch, and all take the same number of steps.
 
@@ -151,29 +157,30 @@ def fit(
     run.accumulate, run.clip, run.sam, run.ema = accumulate, clip, sam, ema
     run.save, run.save_every, run.compiled = save, save_every, compiled
     prepare = prepare or (lambda module, epoch: bool(module.train()))
-    over = run.agree([plan.over(state.step)])[0]
+    # What was stopped within an epoch still has its end to come, the validation and the row, whatever the plan says.
+    stopped = bool(enough is not None and state.rows and not state.batch and enough(state.rows))
+    over = bool(run.agree([stopped or (plan.over(state.step) and not state.batch)])[0])
     try:
         with _asked_to_stop() as run.asked:
             while not over:
                 prepare(module, state.epoch)
                 run.wrap(module)
                 row = run.epoch(batches(state.epoch, state.batch))
-                over, valid = run.agree([plan.over(state.step), run.validation_is_due(validation_share)])
+                over, valid = map(bool, run.agree([plan.over(state.step), run.validation_is_due(validation_share)]))
                 if validate is not None and (over or valid):
                     row |= run.validated(validate, module)
                 row["seconds"] = time.monotonic() - run.began
                 state.rows.append(row)
-                state.epoch, state.batch, state.epoch_step, state.sums = state.epoch + 1, 0, state.step, Sums()
+                state.next_epoch()
                 plan.epoch_ended(state.step)
                 for watcher in run.watchers:
                     watcher.epoch(row)
                 run.store()
-                over = over or bool(run.agree([enough is not None and enough(state.rows)])[0])
+                stopped = enough is not None and enough(state.rows)
+                over = over or bool(run.agree([stopped or plan.over(state.step)])[0])
     except _StoppedError:
         state.interrupted = True
         run.store()
-    except KeyboardInterrupt:  # the second Ctrl-C, in the middle of a step: what was saved before it stays
-        state.interrupted = True
     module.eval()
     return state
 
@@ -234,9 +241,9 @@ class _Running:
         self.watchers, self.state = watchers, state
         self.agree = agreement(fabric)
         self.asked: Callable[[], bool] = lambda: False
-        self.first = self.began = self.saved = time.monotonic()
+        self.first = self.began = self.since = self.saved = time.monotonic()
         self.validating = 0.0  # seconds spent on validation
-        self.before = 0  # pictures of the epoch that an earlier call saw
+        self.here = 0  # pictures of the epoch that this process has seen in this call
 
     def wrap(self, module: nn.Module) -> None:
         """Hand the module to Fabric; again where other parameters are trained than before (DDP fixes them then)."""
@@ -257,7 +264,8 @@ class _Running:
 
     def epoch(self, batches: Iterable[Batch]) -> dict[str, Any]:
         """One pass over the batches, unless the plan ends it earlier: the row of the epoch."""
-        self.began, self.before, waited = time.monotonic(), self.state.sums.pictures, 0.0
+        self.here, waited, self.since = 0, 0.0, time.monotonic()
+        self.began = self.since - self.state.seconds
         stream = iter(batches)
         try:
             while True:
@@ -287,14 +295,14 @@ class _Running:
         if not pictures:
             raise ClearwingError("batches", "none in this epoch", "give at least one picture to train on")
         self.check(loss / pictures)  # before the weights of this epoch are saved
-        seconds = max(time.monotonic() - self.began, 1e-9)
+        seconds = max(time.monotonic() - self.since, 1e-9)
         return {
             "epoch": self.state.epoch + 1,
             "step": self.state.step,
             "train_loss": loss / pictures,
             "train_accuracy": correct / pictures,
             "lr": self.lr,
-            "images_per_s": (self.state.sums.pictures - self.before) * self.fabric.world_size / seconds,
+            "images_per_s": self.here * self.fabric.world_size / seconds,
             "waited": waited / seconds,
         }
 
@@ -316,6 +324,7 @@ class _Running:
                 value, correct = self.loss(self.module, batch)
                 self.fabric.backward(value * (len(batch) / pictures))
             self.state.sums.add(value.detach(), correct, len(batch))
+            self.here += len(batch)
         trained = [p for p in self.module.parameters() if p.grad is not None]
         if self.sam is not None:
             self.sharpen(group[0], trained)
@@ -336,12 +345,16 @@ class _Running:
             return
         self.sam.climb(trained)
         self.optimizer.zero_grad(set_to_none=True)
-        with steady_statistics(self.module):
-            self.fabric.backward(self.loss(self.module, batch)[0])
-        self.sam.descend()
+        try:
+            with steady_statistics(self.module):
+                self.fabric.backward(self.loss(self.module, batch)[0])
+        finally:
+            self.sam.descend()
 
     def store(self) -> None:
         """Save; the sums over the processes are kept by the first, so that a resumed run counts them once."""
+        if self.state.batch:
+            self.state.seconds = time.monotonic() - self.began
         if self.save is None:
             return
         loss, correct, pictures = summed(self.fabric, *self.state.sums.numbers())
@@ -360,8 +373,8 @@ class _Running:
         loss, correct, pictures = self.state.sums.numbers()
         self.check(loss / pictures)
         row = {"loss": loss / pictures, "accuracy": correct / pictures, "lr": self.lr, "progress": progress}
-        seconds = max(time.monotonic() - self.began, 1e-9)
-        row["pictures"], row["images_per_s"] = pictures, (pictures - self.before) * self.fabric.world_size / seconds
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        row["pictures"], row["images_per_s"] = pictures, self.here * self.fabric.world_size / seconds
         remaining = self.plan.remaining(self.state.step)
         if remaining is not None:
             row["remaining"] = remaining

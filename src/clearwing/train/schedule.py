@@ -59,9 +59,9 @@ def schedule(name: str, warmup: float | None = None) -> Schedule:
     if warmup is None:
         return SCHEDULES[name]
     if not 0 <= warmup < 1:
-        raise ClearwingError("warmup", warmup, "give a share from 0 to below 1")
+        raise ClearwingError("--warmup", warmup, "give a share from 0 to below 1")
     if name not in ("one-cycle", "cosine"):
-        raise ClearwingError("warmup", warmup, f"the schedule {name} has none; leave it out")
+        raise ClearwingError("--warmup", warmup, f"the schedule {name} has none; leave it out")
     rising = one_cycle if name == "one-cycle" else cosine
     return partial(rising, warm=warmup)
 
@@ -82,7 +82,7 @@ class Plan(Protocol):
         ...
 
     def share(self, step: int) -> float:
-        """The progress of the last of `step` steps; 0 before the first."""
+        """The share of the run that `step` steps are, where they are taken already."""
         ...
 
     def epoch_ended(self, step: int) -> None:
@@ -118,7 +118,7 @@ class Steps:
         pass
 
     def share(self, step: int) -> float:
-        return self.progress(step - 1) if step else 0.0
+        return step / self.total
 
     def epoch_ended(self, step: int) -> None:
         pass
@@ -144,6 +144,9 @@ class Replay(Steps):
 
     def progress(self, step: int) -> float:
         return self.history[step]
+
+    def share(self, step: int) -> float:
+        return self.history[step - 1] if step else 0.0
 
 
 class Budget:
@@ -217,7 +220,7 @@ class FirstEpoch(Budget):
         return step >= self.total if self.total else super().over(step)
 
     def progress(self, step: int) -> float:
-        return min((step - self.first) / (self.total - self.first), 1.0) if self.total else 0.0
+        return min((step - self.first) / max(self.total - self.first, 1), 1.0) if self.total else 0.0
 
     def epoch_ended(self, step: int) -> None:
         super().epoch_ended(step)
