@@ -25,7 +25,8 @@ format: .venv/installed
 bench: .venv/installed  ## what the benchmarks need beyond the project, then those that need no data
 	echo 'opencv-python; sys_platform == "never"' > .venv/override.txt  # grad-cam asks for it; the headless build serves
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[bench]' --constraint constraints.txt --override .venv/override.txt
-	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/explain.py
 
 # The virtual environment: uv installs the project with the versions of constraints.txt.

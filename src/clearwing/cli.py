@@ -7,6 +7,7 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -82,12 +83,14 @@ def _parse_settings(name: str, kind: type[configs.Common], argv: list[str]) -> c
     written = io.StringIO()
     try:
         with contextlib.redirect_stderr(written):
-            return tyro.cli(
+            parsed = tyro.cli(
                 _with_defaults(kind, defaults),
                 prog=f"clearwing {name}",
                 args=argv,
                 config=(tyro.conf.HelptextFromCommentsOff,),
             )
+            # The class with other defaults has no name that another process could find it by.
+            return kind(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(kind)})
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -193,7 +196,8 @@ def _job(where: str) -> Any:
 
 
 def _failed(error: ClearwingError, as_json: bool) -> int:
-    if as_json:
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if as_json and rank == "0":  # one object for all processes
         print(json.dumps({"error": {"argument": error.argument, "value": error.value, "mend": error.mend}}))
     else:
         print(f"clearwing: {error}", file=sys.stderr)

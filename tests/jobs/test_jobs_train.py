@@ -58,7 +58,8 @@ def test_recipes_of_ones_own_and_wrong_ones(tmp_path, capsys):
         own.write_text(text)
         with pytest.raises(ClearwingError, match=said):
             from_recipe(str(own))
-    assert "--recipe: cifar; choose one of cifar-resnet" in failure(capsys, "train", "demo", "--recipe", "cifar", "--out", "x")
+    said = failure(capsys, "train", "demo", "--recipe", "cifar", "--out", "x")
+    assert "--recipe: cifar; choose one of cifar-resnet" in said
 
 
 @pytest.mark.parametrize(

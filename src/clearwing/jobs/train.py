@@ -25,7 +25,15 @@ from clearwing.models.classifier import Classifier, wrap
 from clearwing.models.whiten import whiten_stem
 from clearwing.models.zoo import build
 from clearwing.run import Run, write_json
-from clearwing.train.devices import check_devices, everyone, in_processes, is_child, make_fabric, one_fails_all_stop
+from clearwing.train.devices import (
+    check_devices,
+    everyone,
+    in_processes,
+    is_child,
+    is_first,
+    make_fabric,
+    one_fails_all_stop,
+)
 from clearwing.train.fit import FitState
 from clearwing.train.memory import largest_batch
 from clearwing.types import ClearwingError
@@ -45,19 +53,19 @@ def train(
     """
     began = clock() if began is None else began
     check(config)
-    if config.threads:
-        torch.set_num_threads(config.threads)
     run = Run.load(config.out) if config.resume else None
     dataset = open_split_data(config)
     chosen = choose(config, dataset)
+    if run is None and is_first():
+        Run.create(config.out, overwrite=config.overwrite)  # refused before anything is begun
     if not is_child():
-        if run is None:
-            Run.create(config.out, overwrite=config.overwrite)  # refused before other processes are begun
         check_devices(config.device, config.devices)
         if config.devices > 1 or config.nodes > 1:
             result = in_processes(train, config, devices=config.devices, nodes=config.nodes, began=began)
             return result or {"exit_code": 0}
     fabric = make_fabric(config.device, config.precision, devices=config.devices, nodes=config.nodes)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if run is not None:
         same_run(run, config, dataset)
         before = run.config["resolved"]  # the batch may have been found by the memory, or by the number of processes

@@ -146,6 +146,11 @@ def is_child() -> bool:
     return local * machines > 1
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes and tells: the first of its group, or one on its own."""
+    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0" or not is_child()
+
+
 def in_processes(function: Callable[..., Any], *args: Any, devices: int, nodes: int = 1, **kwargs: Any) -> Any:
     """What `function(*args, **kwargs)` returns in the first of `devices` new processes on this machine.
 

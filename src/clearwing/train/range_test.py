@@ -19,7 +19,7 @@ from clearwing.types import Batch, ClearwingError
 
 SURE = 4.0
 """A slope is a descent where it is below zero by so many of its standard errors."""
-SPAN = 1 / 20
+SPAN = 1 / 12
 """The slope at a step is taken between so large a share of the steps before it and after it."""
 SKIPPED = 1 / 10
 """So large a share of the steps is passed over at the beginning: their average is of few batches."""
@@ -128,8 +128,9 @@ def suggest(
     """The smoothed losses, the rate where they fall fastest over log lr, and the rate where they are lowest.
 
     The average is exponential and corrected for its start as in Kingma and Ba 2015, section 3; the slope at step i is
-    its difference between a few steps after i and a few before. Both rates are None where no slope is clearly below
-    zero, in units of its standard error. `steps` is the number of steps that the test would have taken in full.
+    its difference between a few steps after i and a few before. Of slopes that are within a standard error of the
+    steepest, that at the largest rate is taken: on a long even slope the steepest step is a matter of chance. Both
+    rates are None where no slope is clearly below zero. `steps` is the number of steps of the test in full.
     """
     n, steps = len(losses), steps or len(losses)
     first, span = math.ceil(SKIPPED * steps), max(1, round(SPAN * steps))
@@ -146,11 +147,13 @@ def suggest(
     slope = difference @ values
     # A trend that bends little cancels in second differences: what is left is the noise of a batch, times sqrt 6.
     noise = 1.4826 * values[: lowest + 1].diff(n=2).abs().median() / math.sqrt(6)
-    clear = slope < -SURE * noise * difference.norm(dim=1) - 1e-9 * values.abs().max()  # more than rounding
+    error = noise * difference.norm(dim=1)
+    clear = slope < -SURE * error - 1e-9 * values.abs().max()  # more than rounding
     if not clear.any():
         return smoothed.tolist(), None, None
-    steepest = middle[torch.where(clear, slope, torch.inf).argmin()]
-    return smoothed.tolist(), lrs[int(steepest)], lrs[lowest]
+    steepest = torch.where(clear, slope, torch.inf).argmin()
+    as_steep = clear & (slope <= slope[steepest] + error[steepest])
+    return smoothed.tolist(), lrs[int(middle[as_steep][-1])], lrs[lowest]
 
 
 class _Rising(Steps):
