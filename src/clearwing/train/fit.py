@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -153,9 +153,25 @@ def fit(
     Raises ClearwingError (exit code 1) when the loss is no longer finite: the weights of the last saved epoch stay.
     """
     state = state or FitState()
-    run = _Running(module, loss, optimizer, schedule, plan, fabric, tuple(watchers), state)
-    run.accumulate, run.clip, run.sam, run.ema = accumulate, clip, sam, ema
-    run.save, run.save_every, run.compiled = save, save_every, compiled
+    peaks = [float(group.setdefault("peak_lr", group["lr"])) for group in optimizer.param_groups]
+    run = _Running(
+        loss=loss,
+        optimizer=fabric.setup_optimizers(optimizer),
+        peaks=peaks,
+        schedule=schedule,
+        plan=plan,
+        fabric=fabric,
+        accumulate=accumulate,
+        clip=clip,
+        sam=sam,
+        ema=ema,
+        compiled=compiled,
+        watchers=tuple(watchers),
+        save=save,
+        save_every=save_every,
+        state=state,
+        agree=agreement(fabric),
+    )
     prepare = prepare or (lambda module, epoch: bool(module.train()))
     # What was stopped within an epoch still has its end to come, the validation and the row, whatever the plan says.
     stopped = bool(enough is not None and state.rows and not state.batch and enough(state.rows))
@@ -211,39 +227,35 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@dataclass(kw_only=True)
 class _Running:
-    """What stays the same from step to step of one call of `fit`."""
+    """One call of `fit`: what it was told, and the clocks and counts that a row is made of."""
 
-    accumulate: int = 1
-    clip: float = 0.0
-    sam: SAM | None = None
-    ema: EMA | None = None
-    save: Callable[[FitState], None] | None = None
-    save_every: float = math.inf
-    compiled: Callable[[nn.Module], nn.Module] | None = None
+    loss: Loss
+    optimizer: Any
+    peaks: list[float]  # learning rates of the groups at the schedule's peak
+    schedule: Schedule
+    plan: Plan
+    fabric: Fabric
+    accumulate: int
+    clip: float
+    sam: SAM | None
+    ema: EMA | None
+    compiled: Callable[[nn.Module], nn.Module] | None
+    watchers: tuple[Watcher, ...]
+    save: Callable[[FitState], None] | None
+    save_every: float
+    state: FitState
+    agree: Callable[[Sequence[float]], list[float]]
+    asked: Callable[[], bool] = lambda: False  # whether a signal came
+    module: Any = None  # as Fabric made it
+    trained: tuple[bool, ...] = ()  # which parameters were, when it did
+    validating: float = 0.0  # seconds spent on validation
+    here: int = 0  # pictures of the epoch that this process has seen in this call
 
-    def __init__(
-        self,
-        module: nn.Module,
-        loss: Loss,
-        optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
-        plan: Plan,
-        fabric: Fabric,
-        watchers: tuple[Watcher, ...],
-        state: FitState,
-    ) -> None:
-        self.peaks = [float(group.setdefault("peak_lr", group["lr"])) for group in optimizer.param_groups]
-        self.module: Any = None
-        self.trained: tuple[bool, ...] = ()
-        self.optimizer: Any = fabric.setup_optimizers(optimizer)
-        self.loss, self.schedule, self.plan, self.fabric = loss, schedule, plan, fabric
-        self.watchers, self.state = watchers, state
-        self.agree = agreement(fabric)
-        self.asked: Callable[[], bool] = lambda: False
+    def __post_init__(self) -> None:
+        # When this call began, when the epoch would have without a break, when this part of it did, the last save.
         self.first = self.began = self.since = self.saved = time.monotonic()
-        self.validating = 0.0  # seconds spent on validation
-        self.here = 0  # pictures of the epoch that this process has seen in this call
 
     def wrap(self, module: nn.Module) -> None:
         """Hand the module to Fabric; again where other parameters are trained than before (DDP fixes them then)."""
