@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file
 
 from clearwing.cli import parse
@@ -12,6 +13,8 @@ from clearwing.config import TrainConfig, from_recipe, recipes
 from clearwing.jobs import train as job
 from clearwing.jobs.choices import check, choose
 from clearwing.jobs.session import Session, stalled
+from clearwing.models.classifier import IMAGENET_MEAN
+from clearwing.models.zoo import adopt, build
 from clearwing.run import Run
 from clearwing.types import ClearwingError
 from commands import failure, run
@@ -161,6 +164,44 @@ def test_frozen_stages_of_adopted_weights_stay_and_thaw(photos, tmp_path):
     assert all(torch.equal(first[name], frozen[name]) for name in low)
     assert any(not torch.equal(first[name], thawed[name]) for name in low if ".layer2." in name)
     assert any(not torch.equal(first[name], frozen[name]) for name in first if ".layer3." in name)
+
+
+def public_files():
+    """Seeded doubles of files as people have them: torchvision's of ImageNet, kuangliu's and akamaster's of CIFAR."""
+    torch.manual_seed(0)
+    imagenet = torchvision.models.resnet18(num_classes=1000).state_dict()
+    cifar = build("resnet18", 10).backbone.state_dict()
+    kuangliu = {f"module.{k.replace('downsample', 'shortcut').replace('fc.', 'linear.')}": v for k, v in cifar.items()}
+    narrow = build("resnet20", 10, widths=(16, 32, 64), shortcut="pad").backbone.state_dict()
+    akamaster = {f"module.{k.replace('fc.', 'linear.')}": v for k, v in narrow.items()}
+    return {
+        "torchvision": (imagenet, "resnet18", "imagenet", IMAGENET_MEAN),
+        "kuangliu": ({"net": kuangliu, "acc": 95.0, "epoch": 1}, "resnet18", "cifar", None),
+        "akamaster": ({"state_dict": akamaster, "best_prec1": 91.7}, "resnet20", None, None),
+    }
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "kuangliu", "akamaster"])
+def test_public_weights_are_adopted_and_continued(kind, photos, tmp_path):
+    """The file says which network it is; its trunk is taken over, its head is new, and it goes on learning."""
+    held, name, stem, mean = public_files()[kind]
+    path = tmp_path / f"{kind}.pth"
+    torch.save(held, path)
+    more = from_recipe("finetune") | {"weights": str(path), "epochs": 1, "widths": (32, 64, 128)}
+    dataset = job.open_split_data(settings(photos, tmp_path))
+    chosen = choose(settings(photos, tmp_path, **more | {"size": None}), dataset)
+    assert chosen.size == (224 if kind == "torchvision" else 128)
+    job.train(settings(photos, tmp_path / "run", **more))
+    run = Run.load(tmp_path / "run")
+    assert (run.config["model"]["name"], run.config["model"].get("stem")) == (name, stem)
+    if mean is not None:
+        assert run.model.mean.flatten().tolist() == pytest.approx(mean)
+    start = adopt(path).backbone.state_dict()
+    kept = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["model"]
+    for key in ("layer1.0.conv1.weight", "layer3.0.conv2.weight"):
+        before, after = start[key], kept[f"backbone.{key}"]
+        assert 0 < (after - before).norm() < 0.2 * before.norm()  # it went on from there
+    assert kept["backbone.fc.weight"].shape[0] == 3
 
 
 def test_cutout_ends_with_the_epochs_that_are_left_without(photos, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 from clearwing.config import MODELS, TrainConfig, as_json, seconds
 from clearwing.data.augment import Augment
 from clearwing.data.sources import Dataset
-from clearwing.models.zoo import BLOCKS
+from clearwing.models.zoo import BLOCKS, settings_of
 from clearwing.run import Run, plain, read_json
 from clearwing.train.schedule import schedule
 from clearwing.types import ClearwingError, near
@@ -155,7 +155,9 @@ def choose(config: TrainConfig, dataset: Dataset) -> Chosen:
     """Defaults by data set and model."""
     cifar = dataset.name.startswith("cifar")
     fine_tuned = config.weights is not None
-    usual = 32 if cifar else 64 if dataset.name == "demo" else 224 if config.weights == "imagenet" else 128
+    known = settings_of(config.weights) if config.weights not in (None, "imagenet") else {}
+    imagenet = config.weights == "imagenet" or known.get("stem") == "imagenet"
+    usual = 224 if imagenet else 32 if cifar else 64 if dataset.name == "demo" else 128
     size = config.size or usual
     crop = config.crop if config.crop != "auto" else ("padded" if cifar else "resized")
     n = min(len(dataset.splits["train"]), config.limit or 10**9)
@@ -164,13 +166,16 @@ def choose(config: TrainConfig, dataset: Dataset) -> Chosen:
     timed = config.time_budget is not None or config.replay is not None
     epochs = None if timed else config.epochs or (30 if fine_tuned else 60)
     model: dict[str, Any] = {"name": config.model, "in_channels": config.channels}
-    if config.model in BLOCKS:
+    if known:  # the file knows best
+        own = ("name", "stem", "widths", "shortcut", "downsample")
+        model |= {key: known[key] for key in own if key in known}
+    elif config.model in BLOCKS:
         model["stem"] = config.stem or ("imagenet" if fine_tuned or size >= 96 else "cifar")
     else:
         if config.stem is not None:
             raise ClearwingError("--stem", config.stem, f"{config.model} has one stem only; leave it out")
         model |= {"widths": config.widths, "shortcut": config.shortcut, "downsample": config.downsample}
-    if config.residual != "he":
+    if config.residual != "he" and not known:
         model["residual"] = config.residual
     # A quarter more than the input gives random resized crops something to take from, at 1.6 times the memory.
     train_size = config.train_size or size

@@ -21,9 +21,9 @@ from clearwing.jobs.inputs import limited
 from clearwing.jobs.progress import Progress
 from clearwing.jobs.session import Session
 from clearwing.measure.accuracy import wilson_interval
-from clearwing.models.classifier import Classifier, wrap
+from clearwing.models.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, wrap
 from clearwing.models.whiten import whiten_stem
-from clearwing.models.zoo import build
+from clearwing.models.zoo import build, settings_of
 from clearwing.run import Run, write_json
 from clearwing.train.devices import (
     check_devices,
@@ -73,6 +73,8 @@ def train(
     chosen = shared_equally(config, chosen, fabric.world_size, run is not None)
     run = run or Run(Path(config.out), {})
     with one_fails_all_stop(fabric), Progress(config.json or not fabric.is_global_zero) as progress:
+        if (name := chosen.model["name"]) != config.model:
+            progress.say(f"note: {config.weights} holds a {name}, which is trained in place of {config.model}")
         pictures, watched = load_train_and_val(config, dataset, chosen, progress)
         torch.manual_seed(config.seed)
         model = make_model(config, dataset, chosen, pictures)
@@ -192,7 +194,8 @@ def make_model(config: TrainConfig, dataset: Dataset, chosen: Chosen, pictures: 
     made |= {"class_names": names, "weights": config.weights, "new_head": True, "input_size": chosen.size}
     model = build(name, len(names), **made)
     if bool((model.mean == 0).all() and (model.std == 1).all()):  # the weights came without their own
-        mean, std = pictures.mean_std()
+        imagenet = made.get("stem") == "imagenet" and settings_of(config.weights)["num_classes"] == 1000
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else pictures.mean_std()
         model = wrap(model, mean=mean, std=std)
     return model
 

@@ -258,6 +258,20 @@ def _infer(found: Weights) -> dict[str, Any]:
     return settings
 
 
+def settings_of(weights: str | Path) -> dict[str, Any]:
+    """What `build` is told for the network of a weights file, with its name; and `num_classes`, those it knows.
+
+    Raises ClearwingError for a file that holds no residual network, or one that `build` has no name for.
+    """
+    found = _infer(read_weights(weights))
+    blocks = found.pop("blocks")
+    named = {(n, n, n): name for name, n in DEPTHS_6N2.items()} | {count: name for name, count in BLOCKS.items()}
+    if blocks not in named or "groups" in found:
+        mend = f"holds a residual network of {blocks} blocks; train takes {', '.join(NAMES)}"
+        raise ClearwingError("weights", weights, mend)
+    return {"name": named[blocks]} | found
+
+
 def _from_settings(settings: dict[str, Any]) -> nn.Module:
     settings = dict(settings)
     blocks = settings.pop("blocks")
