@@ -124,7 +124,7 @@ class TrainConfig(Source):
     whiten: bool = False
     """Begin the first convolution with filters that whiten the training pictures' patches."""
     weights: str | None = None
-    """Start from these: imagenet (resnet18/34), or a weights file."""
+    """Start from these: imagenet (resnet18/34), or a weights file, which says itself which network it holds."""
     freeze: int = 0
     """Keep so many stages as they are, counted from the stem (stem, layer1, layer2 ...)."""
     thaw: int = 0
