@@ -40,8 +40,9 @@ def resample(images: Tensor, boxes: Tensor, size: int | Sequence[int], flip: Ten
 def _one_by_one(images: Tensor, boxes: Tensor, rows: int, columns: int, flip: Tensor | None) -> Tensor:
     """uint8 pictures in memory, boxes of whole pixels: torch's own 8-bit kernel.
 
-    A loop over the pictures, because nothing batched is near it: from 256 to 128 px it takes 0.12 ms a picture on one
-    core (AMD EPYC, torch 2.15), Pillow 0.42, sparse taps (`embedding_bag`) 0.62, matrix products 2.0. Every step of it
+    A loop over the pictures, because nothing batched is near it: from 256 to 128 px it took 0.12 ms of processor time a
+    picture (AMD EPYC, torch 2.15, a busy machine), Pillow 0.42, sparse taps (`embedding_bag`) 0.62, matrix products
+    2.0; benchmarks/load.py has the whole epoch on a quiet one. Every step of it
     stays in the calling thread (so not `Tensor.flip`): one shared among threads would wait at its end for cores that a
     training step holds.
     """

@@ -183,8 +183,10 @@ class Session:
         return watchers
 
     def loss(self) -> Any:
-        counts = self.pictures.class_counts(len(self.run.class_names))
-        weights = balanced_weights(counts).to(self.fabric.device) if self.config.class_weights == "balanced" else None
+        weights = None
+        if self.config.class_weights == "balanced":
+            counts = self.pictures.class_counts(len(self.run.class_names))
+            weights = balanced_weights(counts).to(self.fabric.device)
         return classification(self.config.label_smoothing, weights)
 
     def compiler(self) -> Callable[[nn.Module], nn.Module] | None:
@@ -195,7 +197,7 @@ class Session:
             with self.fabric.autocast():
                 trial(images.contiguous(memory_format=torch.channels_last)).float().sum().backward()
         except (RuntimeError, OSError) as error:  # no C++ compiler, no Triton: torch's own errors are RuntimeErrors
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
             self.progress.say(f"--compile: {type(error).__name__}: {reason}; going on without it")
             return None
         return compile_module

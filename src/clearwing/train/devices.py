@@ -289,21 +289,32 @@ def _signals_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_passed_on(process: Any) -> Iterator[None]:
-    """Hand the first Ctrl-C or SIGTERM to a process as Ctrl-C; the second is ours. Only the main thread gets them."""
+    """Hand the first Ctrl-C or SIGTERM to a process as Ctrl-C; the second is ours."""
+
+    def pass_on() -> None:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+
+    with first_stop(pass_on):
+        yield
+
+
+@contextlib.contextmanager
+def first_stop(act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` at the first Ctrl-C or SIGTERM; a second one raises KeyboardInterrupt. Only the main thread gets them."""
     asked = False
 
-    def pass_on(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         nonlocal asked
         if asked:
             raise KeyboardInterrupt
         asked = True
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGINT)
+        act()
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, pass_on) for number in _STOPS}
+    before = {number: signal.signal(number, handle) for number in _STOPS}
     try:
         yield
     finally:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from clearwing.train.devices import agreement, summed
+from clearwing.train.devices import agreement, first_stop, summed
 from clearwing.train.ema import EMA
 from clearwing.train.optim import SAM
 from clearwing.train.schedule import Plan, Schedule
@@ -177,7 +175,7 @@ def fit(
     stopped = bool(enough is not None and state.rows and not state.batch and enough(state.rows))
     over = bool(run.agree([stopped or (plan.over(state.step) and not state.batch)])[0])
     try:
-        with _asked_to_stop() as run.asked:
+        with first_stop(lambda: setattr(run, "asked", True)):
             while not over:
                 prepare(module, state.epoch)
                 run.wrap(module)
@@ -205,28 +203,6 @@ class _StoppedError(Exception):
     """Ctrl-C or SIGTERM, found between two steps."""
 
 
-@contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM came; a second one ends at once. Signals reach the main thread only."""
-    asked = False
-
-    def ask(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @dataclass(kw_only=True)
 class _Running:
     """One call of `fit`: what it was told, and the clocks and counts that a row is made of."""
@@ -247,7 +223,7 @@ class _Running:
     save_every: float
     state: FitState
     agree: Callable[[Sequence[float]], list[float]]
-    asked: Callable[[], bool] = lambda: False  # whether a signal came
+    asked: bool = False  # to stop, by a signal
     module: Any = None  # as Fabric made it
     trained: tuple[bool, ...] = ()  # which parameters were, when it did
     validating: float = 0.0  # seconds spent on validation
@@ -284,7 +260,7 @@ class _Running:
                 over, stop, store = self.agree(
                     [
                         self.state.sums.pictures > 0 and self.plan.over(self.state.step),
-                        self.asked(),
+                        self.asked,
                         time.monotonic() - self.saved > self.save_every,
                     ]
                 )
