@@ -301,7 +301,10 @@ def _signals_passed_on(process: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def first_stop(act: Callable[[], object]) -> Iterator[None]:
-    """Call `act` at the first Ctrl-C or SIGTERM; a second one raises KeyboardInterrupt. Only the main thread gets them."""
+    """Call `act` at the first Ctrl-C or SIGTERM; a second one raises KeyboardInterrupt.
+
+    Only the main thread gets signals; in another one this does nothing.
+    """
     asked = False
 
     def handle(number: int, frame: Any) -> None:
