@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,14 @@ TURNS = {  # its value: transpose first?, then the axes of (C, H, W) to mirror
     8: (True, 1),
 }
 
-Source = str | Path | bytes | np.ndarray
+
+class Held(Protocol):
+    """What can give the bytes of a picture file: a Path, or a row of a Parquet file."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+Source = str | Held | bytes | np.ndarray
 
 
 class QuietPillow:
@@ -62,9 +69,9 @@ class QuietPillow:
 def read_picture(source: Source, channels: int = 3) -> Tensor:
     """One picture as uint8 (C, H, W), upright after its EXIF orientation.
 
-    `source` is a file, the bytes of one, or a uint8 array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). Transparency is
-    laid over white, CMYK becomes RGB, 16 bits a sample become 8 by v / 257. `channels=1` gives the luma of ITU-R
-    BT.601, `channels=3` repeats a grey picture.
+    `source` is a file, the bytes of one, what gives them (`read_bytes()`), or a uint8 array (H, W), (H, W, 1),
+    (H, W, 3) or (H, W, 4). Transparency is laid over white, CMYK becomes RGB, 16 bits a sample become 8 by v / 257.
+    `channels=1` gives the luma of ITU-R BT.601, `channels=3` repeats a grey picture.
 
     Raises ClearwingError where the picture cannot be read.
     """
@@ -78,7 +85,8 @@ def _read(source: Source, convert: Callable[[Image.Image], Tensor]) -> Tensor:  
         return _from_array(source)
     name = "<bytes>" if isinstance(source, bytes) else str(source)
     try:
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        held = Path(source) if isinstance(source, str) else source
+        data = held if isinstance(held, bytes) else held.read_bytes()
         with QuietPillow():
             return _decode(data, convert)
     except (OSError, ValueError, SyntaxError, EOFError, OverflowError, Image.DecompressionBombError) as error:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from clearwing.data.augment import seed_of
+from clearwing.data.rows import ParquetRow
 from clearwing.data.sources import SPLITS, Sample, hidden, parquet_columns
 from clearwing.types import ClearwingError, atomic_path, near
 
@@ -137,7 +138,7 @@ def write_shards(
 
     A file, or the bytes of one, is taken as it is, an array as PNG; the key becomes the path, and masks are left out.
     The order is drawn from the seed, so that a small shuffle buffer mixes well; None keeps that of the samples. A label
-    None becomes -1. All shards get their names when the last is written.
+    None becomes -1. Of one shard all pictures are in memory. All shards get their names when the last is written.
 
     Raises ClearwingError where the folder holds shards of this split, and where a file cannot be read.
 
@@ -172,19 +173,26 @@ def _write(path: Path, samples: Sequence[Sample], class_names: Sequence[str]) ->
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     about = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([("image", picture), ("label", pa.int64())], about)
+    encoded = {i: _encoded(samples[i]) for i in sorted(range(len(samples)), key=lambda i: _place(samples[i]))}
     with parquet.ParquetWriter(path, schema, compression="none") as writer:  # pictures are compressed already
         for i in range(0, len(samples), ROWS):
-            part = samples[i : i + ROWS]
-            pictures = [{"bytes": _encoded(sample), "path": sample.key} for sample in part]
-            labels = [-1 if sample.label is None else sample.label for sample in part]
+            part = range(i, min(i + ROWS, len(samples)))
+            pictures = [{"bytes": encoded[j], "path": samples[j].key} for j in part]
+            labels = [-1 if (label := samples[j].label) is None else label for j in part]
             writer.write_table(pa.table({"image": pictures, "label": labels}, schema))
+
+
+def _place(sample: Sample) -> tuple[str, int]:
+    """Where a picture lies in a Parquet file: taken in this order, the file is gone through once."""
+    source = sample.source
+    return (str(source.path), source.at) if isinstance(source, ParquetRow) else ("", 0)
 
 
 def _encoded(sample: Sample) -> bytes:
     source = sample.source
     if isinstance(source, bytes):
         return source
-    if isinstance(source, Path):
+    if not isinstance(source, np.ndarray):
         try:
             return source.read_bytes()
         except OSError as error:

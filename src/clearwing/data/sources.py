@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from clearwing.data.rows import ParquetRow
 from clearwing.types import ClearwingError, near
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -24,13 +25,15 @@ PATTERN = "{class}_{id}.jpg"
 ALL = "all"
 """The split of pictures that have no labels."""
 
+Source = Path | ParquetRow | bytes | np.ndarray
+
 
 @dataclass(frozen=True)
 class Sample:
     """One picture, not read yet."""
 
     key: str  # unique in its data set; a posix path below the data set's folder
-    source: Path | bytes | np.ndarray  # a file, the bytes of one, or uint8 (H, W, C)
+    source: Source  # a file, the bytes of one, or uint8 (H, W, C)
     label: int | None = None
     mask: Path | bytes | np.ndarray | None = None
 
@@ -73,7 +76,7 @@ class _Item:
     """A sample whose class is still a name."""
 
     key: str
-    source: Path | bytes | np.ndarray
+    source: Source
     class_name: str | None = None
     mask: np.ndarray | None = None
 
@@ -336,16 +339,39 @@ def _open_parquet(
     for path, split in parquet_splits(files, root, notes).items():
         listed = rows.setdefault(split, [])
         try:
-            file = parquet.ParquetFile(path)
-            image, label, names = parquet_columns(path, file.schema_arrow)
-            for part in file.iter_batches(batch_size=1024, columns=[c for c in (image, label) if c]):
-                labels = part[label].to_pylist() if label else [None] * len(part)
-                listed += zip(part[image].to_pylist(), labels, strict=True)
+            with parquet.ParquetFile(path) as file:
+                image, label, names = parquet_columns(path, file.schema_arrow)
+                first = 0
+                for group in range(file.num_row_groups):
+                    listed += _parquet_rows(path, file, group, first, image, label)
+                    first += file.metadata.row_group(group).num_rows
         except (ArrowException, OSError) as error:
             raise ClearwingError("data", path, f"cannot be read as Parquet ({error})") from error
     numbers = {label for part in rows.values() for _, label in part if isinstance(label, int) and label != -1}
     fixed = names or (() if given else tuple(map(str, sorted(numbers))))
     return _Listing(title, _parquet_items(rows, names or tuple(given or ()), root), fixed)
+
+
+def _parquet_rows(
+    path: Path, file: Any, group: int, first: int, image: str, label: str | None
+) -> Iterable[tuple[Any, Any]]:
+    """(picture, label) of every row of a row group; where all its pictures lie in the file, they are left there."""
+    import pyarrow as pa
+
+    about, kind = file.metadata.row_group(group), file.schema_arrow.field(image).type
+    columns = [about.column(i) for i in range(about.num_columns)]
+    nulls = {c.path_in_schema: c.statistics.null_count for c in columns if c.statistics and c.statistics.has_null_count}
+    child = "bytes" if pa.types.is_struct(kind) else None
+    later = nulls.get(f"{image}.bytes" if child else image) == 0
+    pathed = child is not None and kind.get_field_index("path") >= 0
+    wanted = [image] if not later else [f"{image}.path"] if pathed else []
+    table = file.read_row_group(group, columns=wanted + ([label] if label else []))
+    pictures = table[image].to_pylist() if wanted else [{}] * about.num_rows
+    if later:
+        rows = (ParquetRow(path, first + i, group, first, image, child) for i in range(about.num_rows))
+        pictures = [picture | {"bytes": row} for picture, row in zip(pictures, rows, strict=True)]
+    labels = table[label].to_pylist() if label else [None] * about.num_rows
+    return zip(pictures, labels, strict=True)
 
 
 def parquet_splits(files: Sequence[Path], root: Path, notes: list[str]) -> dict[Path, str]:

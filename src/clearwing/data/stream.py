@@ -18,14 +18,10 @@ from torch import Generator, Tensor
 from clearwing.data.augment import Draw, seed_of
 from clearwing.data.loader import Pictures, check_batches, cores, load_pictures, made_ahead, make_batch, spread
 from clearwing.data.preprocess import QuietPillow, fit_geometry, fit_picture, read_picture, square
+from clearwing.data.rows import BUFFER, PART
 from clearwing.data.shards import Listing, RowGroup, held_out, list_shards, number_labels, shard_files
 from clearwing.data.sources import Sample, parquet_splits, read_classes
 from clearwing.types import Batch, ClearwingError, Geometry
-
-PART = 32
-"""Rows that are taken out of a file at a time."""
-BUFFER = 2**20
-"""Bytes of a file that are read at a time: of a row group of any length no more than a page is in memory."""
 
 
 @dataclass(slots=True)
