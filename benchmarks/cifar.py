@@ -23,10 +23,11 @@ from common import environment
 from plain import KUANGLIU, TUTORIAL, PlainRecipe, accuracy, loader, plain_epochs
 
 import clearwing as cw
-from clearwing.config import TrainConfig, from_recipe
+from clearwing.config import TrainConfig
 from clearwing.jobs.inputs import limited
 from clearwing.jobs.train import train
 from clearwing.models.resnet import summary
+from clearwing.settings import from_recipe
 from clearwing.train.devices import make_fabric
 from clearwing.train.predict import predict_logits
 

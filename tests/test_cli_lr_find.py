@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from clearwing.cli import parse
-from clearwing.config import LrFindConfig, TrainConfig, recipes
+from clearwing.config import LrFindConfig, TrainConfig
 from clearwing.jobs.lr_find import command
+from clearwing.settings import recipes
 from clearwing.show import draw
 from clearwing.show.draw import range_curve
 from clearwing.types import ClearwingError

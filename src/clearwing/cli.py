@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from clearwing import config as configs
-from clearwing.types import ClearwingError
+from clearwing.settings import from_file, from_recipe
+from clearwing.types import ClearwingError, near
 
 COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
     "train": (configs.TrainConfig, "clearwing.jobs.train:train"),
@@ -71,7 +72,7 @@ def parse(argv: list[str]) -> tuple[str, configs.Common]:
         raise SystemExit(0)
     name = argv[0]
     if name not in COMMANDS:
-        raise ClearwingError("command", name, configs.near(name, list(COMMANDS)))
+        raise ClearwingError("command", name, near(name, list(COMMANDS)))
     kind = COMMANDS[name][0]
     return name, _parse_settings(name, kind, argv[1:])
 
@@ -116,9 +117,9 @@ def _stored_settings(kind: type[configs.Common], argv: list[str]) -> dict[str, A
     if path is not None and recipe is not None and "--resume" not in argv:
         raise ClearwingError("--recipe", recipe, "give --recipe or --config, not both")
     if path is not None:
-        settings = configs.from_file(kind, path)
+        settings = from_file(kind, path)
     elif recipe is not None:
-        settings = configs.from_recipe(recipe)
+        settings = from_recipe(recipe)
     else:
         return {}
     lengths = {"--epochs": "epochs", "--time-budget": "time_budget", "--replay": "replay"}
@@ -168,7 +169,7 @@ def _one_line(text: str, name: str, kind: type[configs.Common]) -> ClearwingErro
     if found := re.search(r"Unrecognized options: (.*?)(?: Perhaps| Similar| For full|$)", words):
         wrong = found.group(1).split(",")[0].strip()
         options = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)]
-        return ClearwingError(wrong, "no such option", configs.near(wrong, options) if wrong[:1] == "-" else mend)
+        return ClearwingError(wrong, "no such option", near(wrong, options) if wrong[:1] == "-" else mend)
     if "Missing from" in words:
         fields = [field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
         shown = [field.name.upper() if _positional(field) else f"--{field.name}" for field in fields]

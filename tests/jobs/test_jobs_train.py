@@ -9,13 +9,14 @@ import torchvision
 from safetensors.torch import load_file
 
 from clearwing.cli import parse
-from clearwing.config import TrainConfig, from_recipe, recipes
+from clearwing.config import TrainConfig
 from clearwing.jobs import train as job
 from clearwing.jobs.choices import check, choose
 from clearwing.jobs.session import Session, stalled
 from clearwing.models.classifier import IMAGENET_MEAN
 from clearwing.models.zoo import adopt, build
 from clearwing.run import Run
+from clearwing.settings import from_recipe, recipes
 from clearwing.types import ClearwingError
 from commands import failure, run
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from clearwing.cli import main, parse
 from clearwing.config import TrainConfig
-from clearwing.train.devices import in_processes
+from clearwing.train.processes import in_processes
 from clearwing.types import ClearwingError
 
 OPTIONS = {"model": "resnet8", "widths": (4, 8, 8), "size": 32, "epochs": 4, "batch_size": 4, "precision": "float32"}

@@ -7,11 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from clearwing.config import MODELS, TrainConfig, as_json, seconds
+from clearwing.config import MODELS, TrainConfig, as_json
 from clearwing.data.augment import Augment
 from clearwing.data.sources import Dataset
 from clearwing.models.zoo import BLOCKS, settings_of
 from clearwing.run import Run, plain, read_json
+from clearwing.settings import seconds
 from clearwing.train.schedule import schedule
 from clearwing.types import ClearwingError, near
 

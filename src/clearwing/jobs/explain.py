@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from clearwing.attribution.methods import explain as explain_batch
-from clearwing.config import ExplainConfig, as_json, comma_list
+from clearwing.config import ExplainConfig, as_json
 from clearwing.data.loader import Pictures
 from clearwing.data.preprocess import read_picture, restore
 from clearwing.jobs import inputs
 from clearwing.jobs.evaluate import name_of
 from clearwing.jobs.progress import Progress
 from clearwing.run import check_free, make_folder, plain, write_json
+from clearwing.settings import comma_list
 from clearwing.show import draw
 from clearwing.types import ClearwingError, Explanation, Status
 

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from clearwing.config import TrainConfig, class_list, split_settings
+from clearwing.config import TrainConfig, split_settings
 from clearwing.data.loader import Pictures, load_pictures, spread
 from clearwing.data.sources import ALL, BUILT_IN, EXTENSIONS, Dataset, Sample, open_data
 from clearwing.jobs.progress import Progress
 from clearwing.models.classifier import Classifier, wrap
 from clearwing.models.zoo import load_model
 from clearwing.run import WEIGHTS, Run
+from clearwing.settings import class_list
 from clearwing.types import ClearwingError
 
 

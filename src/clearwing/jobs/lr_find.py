@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from clearwing.config import LrFindConfig, TrainConfig, from_file, from_recipe
+from clearwing.config import LrFindConfig, TrainConfig
 from clearwing.jobs.choices import Chosen, check, choose
 from clearwing.jobs.progress import Progress
 from clearwing.jobs.session import Session
 from clearwing.jobs.train import fitting, load_train_and_val, make_model, open_split_data
 from clearwing.run import Run, plain, write_json
+from clearwing.settings import from_file, from_recipe
 from clearwing.show.draw import range_curve
 from clearwing.train.devices import make_fabric
 from clearwing.train.optim import SAM

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clearwing.attribution.layers import find_layer
 from clearwing.attribution.methods import METHODS, explain
 from clearwing.attribution.trace import record
-from clearwing.config import SegmentConfig, class_list, comma_list
+from clearwing.config import SegmentConfig
 from clearwing.data.loader import Pictures
 from clearwing.data.preprocess import read_mask, restore
 from clearwing.data.sources import ALL, Dataset, open_data
@@ -25,6 +25,7 @@ from clearwing.masks.refine import dilate
 from clearwing.masks.threshold import binarize
 from clearwing.measure.overlap import bootstrap_interval, iou
 from clearwing.run import Run, free_folder, plain, write_json
+from clearwing.settings import class_list, comma_list
 from clearwing.show.draw import save_png
 from clearwing.types import Batch, ClearwingError, near
 

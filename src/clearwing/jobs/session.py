@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from clearwing.config import TrainConfig, seconds
+from clearwing.config import TrainConfig
 from clearwing.data.augment import seed_of
 from clearwing.data.loader import Pictures, epoch_order
 from clearwing.data.mix import mixed
@@ -23,7 +23,8 @@ from clearwing.jobs.choices import Chosen, augmentation, read_plan
 from clearwing.jobs.progress import Progress, TensorBoard, TrainingBar
 from clearwing.models.classifier import Classifier
 from clearwing.run import Run, write_json
-from clearwing.train.devices import share, whole_logits
+from clearwing.settings import seconds
+from clearwing.train.collectives import share, whole_logits
 from clearwing.train.ema import EMA
 from clearwing.train.fit import FitState, Sums, Watcher, balanced_weights, classification, fit
 from clearwing.train.norm import synchronised

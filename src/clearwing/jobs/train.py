@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 
-from clearwing.config import TrainConfig, as_json, class_list, split_settings
+from clearwing.config import TrainConfig, as_json, split_settings
 from clearwing.data.loader import Pictures, load_pictures
 from clearwing.data.preprocess import square
 from clearwing.data.sources import BUILT_IN, Dataset, Sample, open_data
@@ -25,17 +25,12 @@ from clearwing.models.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier,
 from clearwing.models.whiten import whiten_stem
 from clearwing.models.zoo import build, settings_of
 from clearwing.run import Run, write_json
-from clearwing.train.devices import (
-    check_devices,
-    everyone,
-    in_processes,
-    is_child,
-    is_first,
-    make_fabric,
-    one_fails_all_stop,
-)
+from clearwing.settings import class_list
+from clearwing.train.collectives import everyone, one_fails_all_stop
+from clearwing.train.devices import check_devices, is_child, is_first, make_fabric
 from clearwing.train.fit import FitState
 from clearwing.train.memory import largest_batch
+from clearwing.train.processes import in_processes
 from clearwing.types import ClearwingError
 
 PATCHES = 500

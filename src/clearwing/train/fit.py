@@ -14,9 +14,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from clearwing.train.devices import agreement, first_stop, summed
+from clearwing.train.collectives import agreement, summed
 from clearwing.train.ema import EMA
 from clearwing.train.optim import SAM
+from clearwing.train.processes import first_stop
 from clearwing.train.schedule import Plan, Schedule
 from clearwing.types import Batch, ClearwingError
 
