@@ -115,7 +115,7 @@ class Pictures:
     def _batch(self, draw: Draw, device: torch.device, augment: Callable[[Tensor, Draw], Tensor] | None) -> Batch:
         pixels = self._on(device)
         if pixels.is_cuda:
-            picked = pixels.index_select(0, draw.index.to(pixels.device))  # (n, H, W, C) uint8
+            picked = pixels.index_select(0, draw.index.to(pixels.device, non_blocking=True))  # (n, H, W, C) uint8
         else:  # torch would wake all its threads for a copy that one does as fast, and wait for them
             picked = torch.from_numpy(pixels.numpy().take(draw.index.numpy(), 0))
         labels = None if self.labels is None else self.labels[draw.index]

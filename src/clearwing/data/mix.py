@@ -38,4 +38,5 @@ def mixed(batch: Batch, num_classes: int, *, mixup: float = 0.0, cutmix: float =
         torch.default_generator.manual_seed(seed)
         way = ways[int(torch.randint(len(ways), ()))]
         images, targets = way(batch.images, batch.labels)
+    images = images.contiguous(memory_format=torch.channels_last)  # as they came; rolled on a GPU they are not
     return replace(batch, images=images, targets=targets)

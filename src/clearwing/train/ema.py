@@ -34,6 +34,8 @@ class EMA:
             raise ClearwingError("every", every, "give a number of steps of at least 1")
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.decay, self.every, self.t = decay, every, 0
+        self._averages = _places(self.module)
+        self._values: tuple[nn.Module, list[_Place]] = self.module, self._averages  # of the module updated from last
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
@@ -42,10 +44,12 @@ class EMA:
         if self.t % self.every:
             return
         d = min(self.decay, (1 + self.t) / (10 + self.t)) ** self.every
-        (averages, kept), (values, counts) = _tensors(self.module), _tensors(module)
+        if module is not self._values[0]:  # going through all modules would take longer than the averaging
+            self._values = module, _places(module)
+        (averages, kept), (values, counts) = _tensors(self._averages), _tensors(self._values[1])
         if values and values[0].device != averages[0].device:
             self.module.to(values[0].device)
-            averages, kept = _tensors(self.module)
+            averages, kept = _tensors(self._averages)
         if values:
             torch._foreach_lerp_(averages, values, 1 - d)
         if counts:
@@ -60,7 +64,17 @@ class EMA:
         self.t = int(state["t"])
 
 
-def _tensors(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+_Place = tuple[dict[str, Tensor | None], str]
+
+
+def _places(module: nn.Module) -> list[_Place]:
+    """Where the parameters and buffers of a module are held, each once: the tensor there may be another one later."""
+    held = [held for part in module.modules() for held in (part._parameters, part._buffers)]
+    found = {id(tensor): (tensors, name) for tensors in held for name, tensor in tensors.items() if tensor is not None}
+    return list(found.values())
+
+
+def _tensors(places: list[_Place]) -> tuple[list[Tensor], list[Tensor]]:
     """Floating parameters and buffers, to be averaged; the others."""
-    every = [*module.parameters(), *module.buffers()]
+    every = [tensor for held, name in places if (tensor := held[name]) is not None]
     return [x for x in every if x.is_floating_point()], [x for x in every if not x.is_floating_point()]

@@ -187,19 +187,18 @@ def _for_fused(optimizer: optim.Optimizer, args: Any, kwargs: Any) -> None:
         for p in group["params"]:
             if p.grad is None:
                 continue
-            p.grad = _laid_out(p.grad, p)
+            if p.grad.stride() != p.stride():
+                p.grad = _laid_out(p.grad, p)
             state = optimizer.state[p]
             if group.get("momentum") and state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(p)
             for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == p.shape:
+                if isinstance(value, Tensor) and value.stride() != p.stride() and value.shape == p.shape:
                     state[key] = _laid_out(value, p)
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
     """The tensor in the memory layout of another of its shape; itself where it has it."""
-    if tensor.stride() == like.stride():
-        return tensor
     if all(n == 1 or a == b for n, a, b in zip(like.shape, tensor.stride(), like.stride(), strict=True)):
         return tensor
     return torch.empty_like(like).copy_(tensor)
