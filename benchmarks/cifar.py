@@ -95,7 +95,8 @@ def row(name: str, runs: list[dict[str, float]], utilisation: str) -> str:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         return f"{format(statistics.mean(values), form)} ± {format(spread, form)}"
 
-    cells = [name, told("accuracy", ".2%"), told("flip", ".2%"), told("epochs", ".1f"), told("speed", ",.0f")]
+    cells = [name, told("accuracy", ".2%"), told("flip", ".2%"), told("epochs", ".1f"), told("wall", ".1f")]
+    cells.append(told("speed", ",.0f"))
     return "| " + " | ".join([*cells, utilisation]) + " |"
 
 
@@ -137,8 +138,8 @@ def main() -> None:
                 print(f"seed {seed}, {name}: " + ", ".join(f"{k} {v:.4g}" for k, v in runs[-1].items()), flush=True)
     more: dict[str, Any] = {"widths": tuple(args.widths)} if args.widths else {}
     model = cw.build(args.model, 10, **more)
-    print("\n| recipe | accuracy | with its mirror image | seconds of training | pictures/s | utilisation |")
-    print("|---|---|---|---|---|---|")
+    heads = ["recipe", "accuracy", "with its mirror image", "seconds of training", "seconds in all", "pictures/s"]
+    print("\n| " + " | ".join([*heads, "utilisation"]) + " |\n" + "|---" * 7 + "|")
     for name, runs in found.items():
         print(row(name, runs, utilisation(args, model, statistics.mean(run["speed"] for run in runs))))
 

@@ -347,7 +347,7 @@ def test_report_leaves_out_results_of_other_weights(capsys, photos, trained, tmp
 
         changed = Run.load(copy)
         changed.model.mean.add_(0.01)
-        changed.save_weights(changed.model)
+        changed.save_weights(changed.model.state_dict())
     code, _, err = run(capsys, "report", copy, photos)
     assert code == 0
     assert "evaluation/val.json are of other weights" in err

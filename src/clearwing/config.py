@@ -213,7 +213,7 @@ class TrainConfig(Source):
     explain: int = 0
     """Grad-CAM of so many watched pictures after every epoch, and the IoU of masks where there are; 0: none."""
     save_every: str = "60s"
-    """The longest time that a killed run can lose; the state is saved after every epoch, too."""
+    """The longest time that a killed run can lose; the state is saved after epochs, too, unless they are very short."""
     tensorboard: bool = True
     """Write TensorBoard logs into RUN/tensorboard."""
     resume: bool = False

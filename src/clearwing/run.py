@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor
 
 from clearwing.models.classifier import Classifier
 from clearwing.models.zoo import build
@@ -132,10 +132,10 @@ class Run:
             raise ClearwingError("run", path, f"the weights do not fit config.json ({error})") from error
         return model.to(memory_format=torch.channels_last).eval()
 
-    def save_weights(self, model: nn.Module, weights: str = "last") -> None:
-        state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    def save_weights(self, state: Mapping[str, Tensor], weights: str = "last") -> None:
+        held = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         with atomic_path(self.file(WEIGHTS[weights])) as temporary:
-            temporary.write_bytes(save(state, metadata={"format": "pt", "by": "clearwing"}))
+            temporary.write_bytes(save(held, metadata={"format": "pt", "by": "clearwing"}))
 
     def write_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
         write_text(self.file("metrics.jsonl"), "".join(json.dumps(plain(row)) + "\n" for row in rows))

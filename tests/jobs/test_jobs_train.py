@@ -121,6 +121,41 @@ def test_a_resumed_run_keeps_the_batch_that_was_found(photos, tmp_path, monkeypa
     assert result["steps"] == 2 * 3  # 12 pictures
 
 
+def test_what_a_kill_cut_off_is_made_of_the_state(photos, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    job.train(settings(photos, whole))
+    hand_on = Session.hand_on
+
+    def killed(self, state):
+        if state.epoch == 2:
+            raise SystemExit
+        hand_on(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "hand_on", killed)
+        with pytest.raises(SystemExit):
+            job.train(settings(photos, cut))
+    assert len(Run.load(cut).metrics) == 1
+    job.train(settings(photos, cut, resume=True))
+    assert len(Run.load(cut).metrics) == 2
+    for name in ("model.safetensors", "best.safetensors"):
+        one, two = load_file(whole / name), load_file(cut / name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_epochs_that_are_not_saved_lose_nothing(photos, tmp_path, monkeypatch):
+    every, few = tmp_path / "every", tmp_path / "few"
+    job.train(settings(photos, every, epochs=8, save_every="0.0001s"))
+    monkeypatch.setattr("clearwing.train.fit._Running.saving_is_due", lambda self: False)
+    job.train(settings(photos, few, epochs=8))
+    accuracies = [row["val_accuracy"] for row in Run.load(few).metrics]
+    assert max(accuracies) > accuracies[-1]  # the best weights are those of an epoch after which nothing was saved
+    for name in ("model.safetensors", "best.safetensors"):
+        one, two = load_file(every / name), load_file(few / name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert any(not torch.equal(value, one[key]) for key, value in load_file(few / "model.safetensors").items())
+
+
 def test_what_is_resumed_otherwise_is_refused(photos, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(capsys, "train", photos, "--out", out, *TINY)[0] == 0

@@ -3,6 +3,7 @@
 import copy
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,28 @@ def test_it_ends_when_there_is_enough_and_validates_the_average():
     state = train(module, 9, ema=average, validate=validate, enough=lambda rows: len(rows) == 2)
     assert state.epoch == 2
     assert seen == [True, True]
+
+
+@pytest.mark.parametrize(("save_every", "expected"), [(math.inf, [1, 4]), (0.0, [1, 2, 3, 4])])
+def test_epochs_much_shorter_than_a_save_are_not_all_saved(monkeypatch, save_every, expected):
+    now = [0.0]
+    monkeypatch.setattr("clearwing.train.fit.time", SimpleNamespace(monotonic=lambda: now[0]))
+    kept = []
+
+    def save(state):
+        now[0] += 1.0
+        if not state.batch:
+            kept.append(state.epoch)
+
+    class Clock:
+        def step(self, epoch, row):
+            now[0] += 1.0
+
+        def epoch(self, row):
+            pass
+
+    train(network(), 4, save=save, save_every=save_every, watchers=[Clock()])
+    assert kept == expected
 
 
 def test_a_signal_ends_the_run_between_two_steps_with_its_state_saved():

@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clearwing.config import TrainConfig
 from clearwing.data.augment import seed_of
@@ -79,6 +79,7 @@ class Session:
         self.plan = self.make_plan()
         self.state = FitState()
         self.best: tuple[float, float] | None = None  # (accuracy, -loss) of the best epoch
+        self.best_weights: dict[str, Tensor] | None = None  # its weights, until they are written
         self.board: TensorBoard | None = None
         self.timeline: Timeline | None = None
 
@@ -143,8 +144,6 @@ class Session:
         finally:
             if self.board is not None:
                 self.board.close()
-        if self.state.interrupted and self.first:  # the weights that state.pt holds, for who looks at the run meanwhile
-            self.run.save_weights(self.handed_on)
         return self.state
 
     @property
@@ -192,11 +191,13 @@ class Session:
 
     def compiler(self) -> Callable[[nn.Module], nn.Module] | None:
         """torch.compile, tried on a copy: None, with a word, where this machine cannot."""
-        images = torch.zeros(2, self.config.channels, *2 * (self.chosen.train_size,), device=self.fabric.device)
+        # of the shape and type that training has: what is compiled here is what it takes
+        shape = self.chosen.batch_size // self.fabric.world_size, self.config.channels, *2 * (self.chosen.train_size,)
+        images = torch.zeros(shape, device=self.fabric.device).contiguous(memory_format=torch.channels_last)
         try:
             trial = compile_module(copy.deepcopy(self.model).train())
             with self.fabric.autocast():
-                trial(images.contiguous(memory_format=torch.channels_last)).float().sum().backward()
+                trial(self.fabric._precision.convert_input(images)).float().sum().backward()
         except (RuntimeError, OSError) as error:  # no C++ compiler, no Triton: torch's own errors are RuntimeErrors
             reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
             self.progress.say(f"--compile: {type(error).__name__}: {reason}; going on without it")
@@ -251,6 +252,12 @@ class Session:
             spent += self.clock() - began
         plan.hold_back(1.5 * spent + 0.5)
 
+    @property
+    def looked_at_once(self) -> int:
+        """Pictures a batch of the validation: on a GPU as many as surely fit, for each one is waited for."""
+        own = self.chosen.batch_size // self.fabric.world_size
+        return 128 if self.fabric.device.type == "cpu" else max(128, 4 * own)
+
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Loss and accuracy on the watched split, each process on its share; and the timeline."""
         if self.watched is None:
@@ -258,7 +265,7 @@ class Session:
         began, N = self.clock(), len(self.watched)
         rank, world = self.fabric.global_rank, self.fabric.world_size
         order = torch.tensor(share(N, rank, world)) if world > 1 else None
-        logits, _ = predict_logits(module, self.watched, self.fabric, order=order)
+        logits, _ = predict_logits(module, self.watched, self.fabric, self.looked_at_once, order=order)
         logits, labels = whole_logits(self.fabric, logits, N, len(self.run.class_names)), self.watched.labels
         if labels is None:
             return {}
@@ -266,6 +273,9 @@ class Session:
             "val_loss": nn.functional.cross_entropy(logits, labels).item(),
             "val_accuracy": (logits.argmax(1) == labels).double().mean().item(),
         }
+        score = figures["val_accuracy"], -figures["val_loss"]
+        if self.first and (self.best is None or score > self.best):
+            self.best, self.best_weights = score, {k: v.clone() for k, v in self.handed_on.state_dict().items()}
         if self.timeline is not None:
             figures |= self.timeline.after_epoch(self.handed_on, self.state.epoch + 1)
         if isinstance(self.plan, Budget):
@@ -274,29 +284,18 @@ class Session:
         return figures
 
     def save(self, state: FitState) -> None:
-        """Write what the run hands on after an epoch, and always what resuming needs, last: a kill in between loses
+        """Write what resuming needs, and then what the run hands on, which can be made of it: a kill in between loses
         nothing."""
         if not self.first:
             return
-        if state.batch == 0 and state.rows:
-            self.run.save_weights(self.handed_on)
-            row = state.rows[-1]
-            if "val_accuracy" in row:
-                score = (row["val_accuracy"], -row["val_loss"])
-                if self.best is None or score > self.best:
-                    self.best = score
-                    self.run.save_weights(self.handed_on, "best")
-            self.run.write_metrics(state.rows)
-        plan = self.plan.state()
-        if "history" in plan:
-            write_json(self.run.file("plan.json"), {"seed": self.config.seed, "progress": plan["history"]})
         kept = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "fit": state.numbers(),
-            "plan": plan,
+            "plan": self.plan.state(),
             "best": None if self.best is None else list(self.best),
+            "best_weights": self.best_weights,
             "rng": torch.get_rng_state(),
         }
         if self.fabric.device.type == "cuda":
@@ -305,6 +304,19 @@ class Session:
         torch.save(kept, packed)
         with atomic_path(self.run.file("state.pt")) as temporary:
             temporary.write_bytes(packed.getbuffer())
+        self.hand_on(state)
+
+    def hand_on(self, state: FitState) -> None:
+        """Write the weights, the best ones where they are new, the rows and the plan."""
+        self.run.save_weights(self.handed_on.state_dict())
+        if self.best_weights is not None:
+            self.run.save_weights(self.best_weights, "best")
+            self.best_weights = None
+        if state.rows:
+            self.run.write_metrics(state.rows)
+        plan = self.plan.state()
+        if "history" in plan:
+            write_json(self.run.file("plan.json"), {"seed": self.config.seed, "progress": plan["history"]})
 
     def restore(self) -> None:
         """Go on from state.pt; from the beginning where a run was killed before it saved one."""
@@ -323,12 +335,15 @@ class Session:
             self.ema.load_state_dict(kept["ema"])
         self.plan.restore(kept["plan"])
         self.best = None if kept["best"] is None else (kept["best"][0], kept["best"][1])
+        self.best_weights = kept.get("best_weights")
         self.state = FitState.from_numbers(kept["fit"])
         if not self.first:
             self.state.sums = Sums()  # the first process has those of all
         torch.set_rng_state(kept["rng"])
         if "cuda_rng" in kept and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(kept["cuda_rng"], self.fabric.device)
+        if self.first:
+            self.hand_on(self.state)  # where the run was killed between the two
         within = f" and {self.state.batch} batches" if self.state.batch else ""
         self.progress.say(f"going on after {self.state.epoch} epochs{within}")
 

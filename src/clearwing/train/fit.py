@@ -143,9 +143,10 @@ def fit(
     `accumulate` batches make one step; the gradient's norm is cut to `clip`. With `ema`, its average is what is
     validated. `validate(module)` is called after an epoch with a module in eval mode and its figures join the row;
     epochs are passed over while it has taken more than `validation_share` of the time, never the last one.
-    `save(state)` is called after every epoch, and within one when `save_every` seconds have gone by. Ctrl-C or SIGTERM
-    ends the run after the step under way: it is saved, and `state.interrupted` is set; a second one raises
-    KeyboardInterrupt at once. `compiled` is torch.compile, or nothing.
+    `save(state)` is called at the end, after an epoch unless saving so often would take a twentieth of the time, and
+    wherever `save_every` seconds have gone by. Ctrl-C or SIGTERM ends the run after the step under way: it is saved,
+    and `state.interrupted` is set; a second one raises KeyboardInterrupt at once. `compiled` is torch.compile, or
+    nothing.
 
     With several processes each gives its own share of every batch, and all take the same number of steps.
 
@@ -190,9 +191,11 @@ def fit(
                 plan.epoch_ended(state.step)
                 for watcher in run.watchers:
                     watcher.epoch(row)
-                run.store()
                 stopped = enough is not None and enough(state.rows)
-                over = over or bool(run.agree([stopped or plan.over(state.step)])[0])
+                over, due = map(bool, run.agree([over or stopped or plan.over(state.step), run.saving_is_due()]))
+                if over or due:
+                    run.store()
+                    over = over or bool(run.agree([plan.over(state.step)])[0])  # saving takes time, too
     except _StoppedError:
         state.interrupted = True
         run.store()
@@ -228,6 +231,7 @@ class _Running:
     module: Any = None  # as Fabric made it
     trained: tuple[bool, ...] = ()  # which parameters were, when it did
     validating: float = 0.0  # seconds spent on validation
+    saving: float = 0.0  # seconds that the last save took
     here: int = 0  # pictures of the epoch that this process has seen in this call
 
     def __post_init__(self) -> None:
@@ -243,6 +247,9 @@ class _Running:
 
     def validation_is_due(self, share: float) -> bool:
         return math.isinf(share) or self.validating <= share * (time.monotonic() - self.first)
+
+    def saving_is_due(self) -> bool:
+        return time.monotonic() - self.saved >= min(self.save_every, 20 * self.saving)
 
     def validated(self, validate: Callable[[nn.Module], dict[str, float]], module: nn.Module) -> dict[str, float]:
         began = time.monotonic()
@@ -314,11 +321,10 @@ class _Running:
                 self.fabric.backward(value * (len(batch) / pictures))
             self.state.sums.add(value.detach(), correct, len(batch))
             self.here += len(batch)
-        trained = [p for p in self.module.parameters() if p.grad is not None]
         if self.sam is not None:
-            self.sharpen(group[0], trained)
+            self.sharpen(group[0])
         if self.clip:
-            nn.utils.clip_grad_norm_(trained, self.clip)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.module)
@@ -328,11 +334,11 @@ class _Running:
         if self.fabric.device.type == "cpu" or self.state.step % 50 == 0:
             self.tell(progress)
 
-    def sharpen(self, batch: Batch, trained: list[nn.Parameter]) -> None:
+    def sharpen(self, batch: Batch) -> None:
         """Replace the gradients by those at the worst point near by (Foret et al. 2021, eq. 3)."""
         if self.sam is None:
             return
-        self.sam.climb(trained)
+        self.sam.climb(self.module.parameters())
         self.optimizer.zero_grad(set_to_none=True)
         try:
             with steady_statistics(self.module):
@@ -346,12 +352,14 @@ class _Running:
             self.state.seconds = time.monotonic() - self.began
         if self.save is None:
             return
+        began = time.monotonic()
         loss, correct, pictures = summed(self.fabric, *self.state.sums.numbers())
         self.state.sums = Sums(loss, correct, int(pictures))
         self.save(self.state)
         if self.fabric.global_rank:
             self.state.sums = Sums()
         self.saved = time.monotonic()
+        self.saving = self.saved - began
 
     def check(self, loss: float) -> None:
         if not math.isfinite(loss):
