@@ -21,6 +21,8 @@ MODELS = (
     "resnet110",
     "resnet18",
     "resnet34",
+    "resnet50",
+    "resnet101",
 )
 METHODS = (
     "saliency",
@@ -95,7 +97,7 @@ class TrainConfig(Source):
     recipe: str | None = None
     """Start from the settings of a recipe, by name or as a .toml file; what is given on the command line wins."""
     model: str = "resnet14"
-    """resnet8/14/20/32/44/56/110 (the 6n+2 family), resnet18 or resnet34."""
+    """resnet8/14/20/32/44/56/110 (the 6n+2 family), or resnet18/34/50/101."""
     size: int | None = None
     """Side of the network's input in pixels. Default: CIFAR 32, demo 64, --weights imagenet 224, else 128."""
     train_size: int | None = None
@@ -111,13 +113,13 @@ class TrainConfig(Source):
     downsample: Literal["block", "conv"] = "block"
     """Where the size halves: in a stage's first block, or in a 3x3 stride-2 convolution before the stage."""
     stem: Literal["cifar", "imagenet"] | None = None
-    """Stem of resnet18/34. Default: cifar below 96 pixels, imagenet from there on and with --weights imagenet."""
+    """Stem of resnet18 and deeper. Default: cifar below 96 pixels, imagenet from there on, and with its weights."""
     residual: Literal["he", "zero", "dirac"] = "he"
     """How residual branches begin: as He et al., silent (last norm zero), or passing their input on (dirac)."""
     whiten: bool = False
     """Begin the first convolution with filters that whiten the training pictures' patches."""
     weights: str | None = None
-    """Start from these: imagenet (resnet18/34), or a weights file, which says itself which network it holds."""
+    """Start from these: imagenet (resnet18/34/50/101), or a weights file, which says itself which network it holds."""
     freeze: int = 0
     """Keep so many stages as they are, counted from the stem (stem, layer1, layer2 ...)."""
     thaw: int = 0

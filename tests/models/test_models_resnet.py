@@ -7,6 +7,7 @@ from torch import nn
 
 from clearwing.models.classifier import Classifier
 from clearwing.models.resnet import BasicBlock, PadShortcut, ResNet, ResNet6n2, summary
+from clearwing.models.zoo import BLOCKS, build
 from clearwing.types import ClearwingError
 
 
@@ -100,21 +101,38 @@ def test_blocks_against_the_equations():
     assert torch.equal(net.layer1(images), images.clamp(min=0))
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("resnet18", (2, 2, 2, 2)), ("resnet34", (3, 4, 6, 3))])
-def test_the_imagenet_stem_has_torchvisions_names(name, blocks):
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_imagenet_stem_has_torchvisions_names(name):
     with torch.device("meta"):
         theirs = torchvision.models.get_model(name, weights=None).state_dict()
-        ours = ResNet(blocks, 1000, stem="imagenet").state_dict()
+        ours = build(name, 1000, stem="imagenet").backbone.state_dict()
     assert [(key, value.shape) for key, value in ours.items()] == [(key, value.shape) for key, value in theirs.items()]
 
 
-def test_the_imagenet_stem_has_torchvisions_logits():
-    theirs = shuffle_batch_norms(torchvision.models.resnet18(num_classes=7)).eval()
-    ours = ResNet((2, 2, 2, 2), 7, stem="imagenet").eval()
+@pytest.mark.parametrize("block", ["BasicBlock", "Bottleneck"])
+def test_the_imagenet_stem_has_torchvisions_logits(block):
+    kind = getattr(torchvision.models.resnet, block)
+    theirs = shuffle_batch_norms(torchvision.models.ResNet(kind, [2, 1, 2, 1], num_classes=7)).eval()
+    ours = ResNet((2, 1, 2, 1), 7, stem="imagenet", bottleneck=block == "Bottleneck").eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.rand(2, 3, 40, 40)
     with torch.no_grad():
         assert torch.allclose(ours(images), theirs(images), atol=1e-5)
+
+
+@pytest.mark.parametrize(("residual", "changed"), [("zero", {"bn3.weight"}), ("dirac", {"conv2.weight"})])
+def test_how_bottlenecks_begin(residual, changed):
+    def made(residual):
+        torch.manual_seed(3)
+        return ResNet((1, 2, 1, 1), 3, bottleneck=True, residual=residual).layer2[1].state_dict()
+
+    he, other = made("he"), made(residual)
+    assert {key for key, value in other.items() if not torch.equal(value, he[key])} == changed
+    if residual == "zero":
+        assert not other["bn3.weight"].any()
+    else:
+        x = torch.randn(1, 128, 5, 5)
+        assert torch.equal(torch.nn.functional.conv2d(x, other["conv2.weight"], padding=1), x)
 
 
 def test_initialisation_is_he_fan_out_and_seeded():

@@ -17,7 +17,7 @@ from torch import nn
 
 from clearwing.models.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier
 from clearwing.models.resnet import ResNet, ResNet6n2
-from clearwing.models.zoo import NAMES, adopt, build, load_model
+from clearwing.models.zoo import BLOCKS, NAMES, adopt, build, load_model, settings_of
 from clearwing.types import ClearwingError
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -146,7 +146,7 @@ def test_build_passes_settings_on():
         (("resnet18", 3, {"widths": (1, 2, 3)}), "widths", "no such setting"),
         (("resnet8", 3, {"mean": (0.5,)}), "mean", "3 values"),
         (("resnet8", 3, {"class_names": ("a",)}), "class_names", "3 classes"),
-        (("resnet8", 3, {"weights": "imagenet"}), "weights", "resnet18 and resnet34"),
+        (("resnet8", 3, {"weights": "imagenet"}), "weights", "resnet18, 34, 50 and 101"),
         (("resnet18", 3, {"weights": "imagenet", "stem": "cifar"}), "weights", 'stem="imagenet"'),
         (("resnet18", 3, {"weights": "imagenet", "in_channels": 1}), "weights", "3 channels"),
         (("resnet8", 3, {"weights": "no.pt"}), "weights", "no such file"),
@@ -229,9 +229,7 @@ def test_adopt_akamaster_as_the_file_is_published(tmp_path, akamaster):
     assert same_logits(adopt(str(path)), akamaster)
 
 
-@pytest.mark.parametrize(
-    ("blocks", "expansion", "kind"), [((2, 1, 1, 1), 0, ResNet), ((1, 2, 1, 1), 4, torchvision.models.ResNet)]
-)
+@pytest.mark.parametrize(("blocks", "expansion", "kind"), [((2, 1, 1, 1), 0, ResNet), ((1, 2, 1, 1), 4, ResNet)])
 def test_adopt_kuangliu(blocks, expansion, kind):
     theirs = trained(Public(blocks, 10, 64, expansion=expansion))
     model = adopt({"net": theirs.state_dict(), "acc": 95.0, "epoch": 3})
@@ -269,6 +267,18 @@ def test_adopt_ours(tmp_path, make, suffix):
     theirs, path = trained(make()), tmp_path / f"net{suffix}"
     (torch.save if suffix == ".pt" else save_file)(theirs.state_dict(), path)
     assert same_logits(adopt(path), theirs)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_state_dict_says_which_network_it_is_of(name):
+    with torch.device("meta"):
+        state = torchvision.models.get_model(name, weights=None).state_dict()
+    found = settings_of(state)
+    assert (found["name"], found["stem"], found["num_classes"]) == (name, "imagenet", 1000)
+    with torch.device("meta"):
+        wide = torchvision.models.wide_resnet50_2().state_dict()
+    with pytest.raises(ClearwingError, match="train takes"):
+        settings_of(wide)
 
 
 def test_adopt_takes_other_channels_and_one_logit():

@@ -79,12 +79,7 @@ class BasicBlock(nn.Module):
         self.conv2 = conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
         self.relu2 = nn.ReLU(inplace=True)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or in_channels != channels:
-            if shortcut == "pad":
-                self.downsample = PadShortcut(in_channels, channels, stride)
-            else:
-                self.downsample = nn.Sequential(Projection(in_channels, channels, stride), nn.BatchNorm2d(channels))
+        self.downsample = _shortcut(in_channels, channels, stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x if self.downsample is None else self.downsample(x)
@@ -93,10 +88,53 @@ class BasicBlock(nn.Module):
         return self.relu2(out + identity)
 
 
-def stage(in_channels: int, channels: int, blocks: int, stride: int, shortcut: str = "projection") -> nn.Sequential:
+class Bottleneck(nn.Module):
+    """The same with a 1x1, a 3x3 and a 1x1 convolution in F, the first two a quarter as wide (figure 5 right).
+
+    As in torchvision, whose parameter names these are, the 3x3 convolution has the stride ("ResNet v1.5").
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, shortcut: str = "projection") -> None:
+        super().__init__()
+        inner = channels // 4
+        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(inner, inner, stride)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.relu2 = nn.ReLU(inplace=True)
+        self.conv3 = nn.Conv2d(inner, channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.relu3 = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(in_channels, channels, stride, shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu3(out + identity)
+
+
+def _shortcut(in_channels: int, channels: int, stride: int, kind: str) -> nn.Module | None:
+    if stride == 1 and in_channels == channels:
+        return None
+    if kind == "pad":
+        return PadShortcut(in_channels, channels, stride)
+    return nn.Sequential(Projection(in_channels, channels, stride), nn.BatchNorm2d(channels))
+
+
+def stage(
+    in_channels: int,
+    channels: int,
+    blocks: int,
+    stride: int,
+    shortcut: str = "projection",
+    block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
+) -> nn.Sequential:
     """Residual blocks at one width; the first has the stride."""
-    first = BasicBlock(in_channels, channels, stride, shortcut)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, 1, shortcut) for _ in range(1, blocks)))
+    first = block(in_channels, channels, stride, shortcut)
+    return nn.Sequential(first, *(block(channels, channels, 1, shortcut) for _ in range(1, blocks)))
 
 
 def initialise(module: nn.Module, residual: str = "he") -> None:
@@ -110,12 +148,13 @@ def initialise(module: nn.Module, residual: str = "he") -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-    for block in (layer for layer in module.modules() if isinstance(layer, BasicBlock)):
+    for block in (layer for layer in module.modules() if isinstance(layer, BasicBlock | Bottleneck)):
         if residual == "zero":
-            nn.init.zeros_(block.bn2.weight)
+            nn.init.zeros_([layer for layer in block.children() if isinstance(layer, nn.BatchNorm2d)][-1].weight)
         elif residual == "dirac":
-            for conv in (block.conv1, block.conv2):
-                nn.init.dirac_(conv.weight.detach()[: conv.in_channels])
+            for conv in block.children():
+                if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+                    nn.init.dirac_(conv.weight.detach()[: conv.in_channels])
 
 
 class ResNet6n2(nn.Module):
@@ -177,9 +216,10 @@ class ResNet6n2(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The four-stage network of He et al. table 1 with basic blocks, widths 64 to 512: ResNet-18 and ResNet-34.
+    """The four-stage network of He et al. table 1: ResNet-18, 34, 50, 101, 152.
 
-    blocks: blocks in each stage, (2, 2, 2, 2) or (3, 4, 6, 3).
+    blocks: blocks in each stage, such as (2, 2, 2, 2) or (3, 4, 6, 3).
+    bottleneck: blocks of three convolutions, of widths 256 to 2048 (ResNet-50 and deeper), not of two, 64 to 512.
     stem: "imagenet" (7x7 stride-2 convolution and 3x3 stride-2 max pool; the state dict is torchvision's) or "cifar"
     (3x3 convolution, no pool: ResNet-18 with 10 classes has 11,173,962 parameters).
     residual: how residual branches begin, "he", "zero" or "dirac" (see `initialise`).
@@ -197,6 +237,7 @@ class ResNet(nn.Module):
         stem: str = "cifar",
         in_channels: int = 3,
         residual: str = "he",
+        bottleneck: bool = False,
     ) -> None:
         super().__init__()
         _check_positive(num_classes=num_classes, in_channels=in_channels)
@@ -212,12 +253,13 @@ class ResNet(nn.Module):
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.layer1 = stage(64, 64, blocks[0], 1)
-        self.layer2 = stage(64, 128, blocks[1], 2)
-        self.layer3 = stage(128, 256, blocks[2], 2)
-        self.layer4 = stage(256, 512, blocks[3], 2)
+        block, wide = (Bottleneck, 4) if bottleneck else (BasicBlock, 1)
+        self.layer1 = stage(64, 64 * wide, blocks[0], 1, block=block)
+        self.layer2 = stage(64 * wide, 128 * wide, blocks[1], 2, block=block)
+        self.layer3 = stage(128 * wide, 256 * wide, blocks[2], 2, block=block)
+        self.layer4 = stage(256 * wide, 512 * wide, blocks[3], 2, block=block)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc = nn.Linear(512, num_classes)
+        self.fc = nn.Linear(512 * wide, num_classes)
         initialise(self, residual)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K)

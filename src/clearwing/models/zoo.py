@@ -24,7 +24,8 @@ from clearwing.models.resnet import ResNet, ResNet6n2, conv3x3
 from clearwing.types import ClearwingError, near
 
 DEPTHS_6N2 = {f"resnet{6 * n + 2}": n for n in (1, 2, 3, 5, 7, 9, 18)}
-BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3)}
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+BOTTLENECKS = ("resnet50", "resnet101")
 NAMES = (*DEPTHS_6N2, *BLOCKS)
 UNKNOWN = "any network known here"
 SPECS = "torchvision:NAME, torchvision:NAME:random, timm:NAME, a weights file, or file.py:factory"
@@ -45,10 +46,10 @@ def build(
     new_head: bool = False,
     **settings: Any,
 ) -> Classifier:
-    """A network by name, in training mode: resnet8, 14, 20, 32, 44, 56, 110 (6n+2), resnet18, resnet34.
+    """A network by name, in training mode: resnet8, 14, 20, 32, 44, 56, 110 (6n+2), resnet18, 34, 50, 101.
 
-    stem: "cifar" (the default) or "imagenet", for resnet18 and resnet34.
-    weights: None (initialised from the global generator of torch); "imagenet" (resnet18 and resnet34: torchvision's
+    stem: "cifar" (the default) or "imagenet", for resnet18, 34, 50 and 101.
+    weights: None (initialised from the global generator of torch); "imagenet" (resnet18, 34, 50, 101: torchvision's
     weights with a new head, the ImageNet stem, mean and std, and 224 pixels); or a weights file as `adopt` reads it,
     whose settings (stem, widths ...), mean and std hold where none are given. With another number of classes, or to
     train it anew, ask for a fresh last layer by `new_head=True`.
@@ -72,7 +73,7 @@ def build(
         return Classifier(_backbone(name, num_classes, in_channels, settings), mean, std, names, input_size)
     if weights == "imagenet":
         if settings.setdefault("stem", "imagenet") != "imagenet" or in_channels != 3 or name not in BLOCKS:
-            mend = 'ImageNet weights are for resnet18 and resnet34 with stem="imagenet" and 3 channels'
+            mend = 'ImageNet weights are for resnet18, 34, 50 and 101 with stem="imagenet" and 3 channels'
             raise ClearwingError("weights", weights, mend)
         found = Weights(_imagenet_state(name), "imagenet", IMAGENET_MEAN, IMAGENET_STD)
         new_head, input_size = True, input_size or 224
@@ -91,13 +92,15 @@ def build(
 
 def _backbone(name: str, num_classes: int, in_channels: int, settings: dict[str, Any]) -> nn.Module:
     kind = ResNet6n2 if name in DEPTHS_6N2 else ResNet
-    known = [key for key in inspect.signature(kind).parameters if key not in ("n", "blocks", "num_classes")]
+    named = ("n", "blocks", "bottleneck", "num_classes")
+    known = [key for key in inspect.signature(kind).parameters if key not in named]
     for key, value in settings.items():
         if key not in known:
             raise ClearwingError(key, value, f"{name} has no such setting; {near(key, known)}")
     if kind is ResNet6n2:
         return ResNet6n2(DEPTHS_6N2[name], num_classes, in_channels=in_channels, **settings)
-    return ResNet(BLOCKS[name], num_classes, in_channels=in_channels, **settings)
+    deep = name in BOTTLENECKS
+    return ResNet(BLOCKS[name], num_classes, in_channels=in_channels, bottleneck=deep, **settings)
 
 
 def _imagenet_state(name: str) -> dict[str, Tensor]:
@@ -246,8 +249,10 @@ def _infer(found: Weights) -> dict[str, Any]:
         settings["stem"] = "imagenet" if state["conv1.weight"].shape[-1] == 7 else "cifar"
         if bottleneck:
             inner = state.get("layer1.0.conv2.weight", state["layer1.0.conv1.weight"])
-            settings["groups"] = inner.shape[0] // max(inner.shape[1], 1)
-            settings["width_per_group"] = inner.shape[1]
+            settings["bottleneck"] = True
+            if inner.shape[:2] != (64, 64):  # a wide one, or ResNeXt
+                settings["groups"] = inner.shape[0] // max(inner.shape[1], 1)
+                settings["width_per_group"] = inner.shape[1]
         return settings
     firsts = [state.get(f"layer{stage}.0.conv1.weight", state["layer1.0.conv1.weight"]) for stage in (1, 2, 3)]
     settings["widths"] = tuple(first.shape[0] for first in firsts)
@@ -258,16 +263,18 @@ def _infer(found: Weights) -> dict[str, Any]:
     return settings
 
 
-def settings_of(weights: str | Path) -> dict[str, Any]:
+def settings_of(weights: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """What `build` is told for the network of a weights file, with its name; and `num_classes`, those it knows.
 
     Raises ClearwingError for a file that holds no residual network, or one that `build` has no name for.
     """
     found = _infer(read_weights(weights))
-    blocks = found.pop("blocks")
-    named = {(n, n, n): name for name, n in DEPTHS_6N2.items()} | {count: name for name, count in BLOCKS.items()}
+    blocks, deep = found.pop("blocks"), found.pop("bottleneck", False)
+    named = {(n, n, n): name for name, n in DEPTHS_6N2.items()}
+    named |= {count: name for name, count in BLOCKS.items() if deep == (name in BOTTLENECKS)}
     if blocks not in named or "groups" in found:
-        mend = f"holds a residual network of {blocks} blocks; train takes {', '.join(NAMES)}"
+        other = ", wide or in groups" if "groups" in found else ""
+        mend = f"holds a residual network of {blocks} blocks{other}; train takes {', '.join(NAMES)}"
         raise ClearwingError("weights", weights, mend)
     return {"name": named[blocks]} | found
 
@@ -279,6 +286,7 @@ def _from_settings(settings: dict[str, Any]) -> nn.Module:
         return ResNet6n2(blocks[0], **settings)
     if "groups" not in settings:
         return ResNet(blocks, **settings)
+    del settings["bottleneck"]
     stem, channels = settings.pop("stem"), settings.pop("in_channels")
     network: Any = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, list(blocks), **settings)
     if stem == "cifar":
