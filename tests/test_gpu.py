@@ -30,7 +30,8 @@ def test_a_run_trains_on_the_gpu(photos, tmp_path):
     assert cw.Run.load(tmp_path / "run").model(torch.rand(1, 3, 16, 16)).shape == (1, 3)
 
 
-def test_all_settings_together_train_and_resume_on_the_gpu(photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [{"sam": 0.05}, {"accumulate": 2}])
+def test_all_settings_together_train_and_resume_on_the_gpu(photos, tmp_path, monkeypatch, step):
     from clearwing.config import TrainConfig
     from clearwing.jobs.session import Session
     from clearwing.jobs.train import train
@@ -47,9 +48,7 @@ def test_all_settings_together_train_and_resume_on_the_gpu(photos, tmp_path, mon
             device=DEVICE,
             compile=True,
             ema=0.9,
-            sam=0.05,
             clip=1.0,
-            accumulate=2,
             whiten=True,
             residual="dirac",
             auto_augment="trivial",
@@ -61,6 +60,7 @@ def test_all_settings_together_train_and_resume_on_the_gpu(photos, tmp_path, mon
             explain=2,
             save_every="0.0001s",
             json=True,
+            **step,
             **more,
         )
 

@@ -270,7 +270,7 @@ def settings_of(weights: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """
     found = _infer(read_weights(weights))
     blocks, deep = found.pop("blocks"), found.pop("bottleneck", False)
-    named = {(n, n, n): name for name, n in DEPTHS_6N2.items()}
+    named: dict[tuple[int, ...], str] = {(n, n, n): name for name, n in DEPTHS_6N2.items()}
     named |= {count: name for name, count in BLOCKS.items() if deep == (name in BOTTLENECKS)}
     if blocks not in named or "groups" in found:
         other = ", wide or in groups" if "groups" in found else ""

@@ -69,7 +69,7 @@ _Place = tuple[dict[str, Tensor | None], str]
 
 def _places(module: nn.Module) -> list[_Place]:
     """Where the parameters and buffers of a module are held, each once: the tensor there may be another one later."""
-    held = [held for part in module.modules() for held in (part._parameters, part._buffers)]
+    held: list[Any] = [held for part in module.modules() for held in (part._parameters, part._buffers)]
     found = {id(tensor): (tensors, name) for tensors in held for name, tensor in tensors.items() if tensor is not None}
     return list(found.values())
 
