@@ -20,6 +20,7 @@ from lightning_fabric.strategies import DDPStrategy
 from torch.nn.parallel import DistributedDataParallel
 
 from clearwing.train.collectives import others_may_end
+from clearwing.train.memory import keep_freed_memory
 from clearwing.types import ClearwingError
 
 TIMEOUT = 300.0
@@ -56,6 +57,8 @@ def make_fabric(
         precision="bf16-mixed" if precision == "bfloat16" else "32-true",
         plugins=[environment],
     )
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     with others_may_end(fabric):  # nobody may listen at the address of the first process, or not all come
         fabric.launch()
     return fabric

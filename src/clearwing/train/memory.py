@@ -1,8 +1,9 @@
-"""The largest batch whose training step fits the memory."""
+"""Memory: freed blocks that are kept for the next step, and the largest batch that fits."""
 
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,21 @@ from torch import Tensor, nn
 
 SHARE = 0.6
 """Of the free memory of a machine that a step may use; the rest is for pictures, the optimiser and everybody else."""
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what a step frees for the next one, in this process; on Linux with glibc.
+
+    By default it gives large blocks back to the system, which clears them before it hands them out again, in every
+    step. Leeds, resnet14 at 112 px, batch 32, two cores: 41 to 43 pictures a second and not 39, for an eighth more
+    memory. Blocks above 32 MiB, glibc's limit for this, are still given back.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # another C library, another system
+        return
+    mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def largest_batch(module: nn.Module, shape: tuple[int, int, int], fabric: Any, most: int) -> int:
