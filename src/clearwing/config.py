@@ -259,8 +259,8 @@ class EvaluateConfig(Source):
     """Also score the mean of what the network says of each picture and of its mirror image."""
     masks: str | None = None
     """Folder of true masks: also segment and score them."""
-    batch_size: int = 128
-    """Pictures a step."""
+    batch_size: int | None = None
+    """Pictures a step. Default: what is quickest on the device."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,8 +281,8 @@ class PredictConfig(Common):
     """How a picture meets the size. Default: as the model was trained, else squash."""
     classes: str | None = None
     """Class names, where the model does not know them: a list or a file."""
-    batch_size: int = 64
-    """Pictures a step."""
+    batch_size: int | None = None
+    """Pictures a step. Default: what is quickest on the device."""
     overwrite: bool = False
     """Replace OUT."""
 

@@ -252,12 +252,6 @@ class Session:
             spent += self.clock() - began
         plan.hold_back(1.5 * spent + 0.5)
 
-    @property
-    def looked_at_once(self) -> int:
-        """Pictures a batch of the validation: on a GPU as many as surely fit, for each one is waited for."""
-        own = self.chosen.batch_size // self.fabric.world_size
-        return 128 if self.fabric.device.type == "cpu" else max(128, 4 * own)
-
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Loss and accuracy on the watched split, each process on its share; and the timeline."""
         if self.watched is None:
@@ -265,7 +259,7 @@ class Session:
         began, N = self.clock(), len(self.watched)
         rank, world = self.fabric.global_rank, self.fabric.world_size
         order = torch.tensor(share(N, rank, world)) if world > 1 else None
-        logits, _ = predict_logits(module, self.watched, self.fabric, self.looked_at_once, order=order)
+        logits, _ = predict_logits(module, self.watched, self.fabric, order=order)
         logits, labels = whole_logits(self.fabric, logits, N, len(self.run.class_names)), self.watched.labels
         if labels is None:
             return {}
