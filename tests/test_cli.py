@@ -392,6 +392,13 @@ def test_one_scored_picture_has_no_interval(capsys, photos, trained, tmp_path):
     assert run(capsys, "report", copy, photos)[0] == 0
 
 
+def test_a_report_shows_the_masks_that_were_made_and_no_others(capsys, photos, trained, tmp_path):
+    copy, bare = shutil.copytree(trained, tmp_path / "copy"), shutil.copytree(photos, tmp_path / "bare")
+    shutil.rmtree(bare / "MASKS")
+    assert run(capsys, "segment", copy, bare, "--limit", "2", "--out", copy / "masks")[0] == 0
+    assert run(capsys, "report", copy, bare)[0] == 0
+
+
 def test_predict_takes_every_picture_below_a_folder(capsys, photos, trained, tmp_path):
     source = next(photos.glob("val/*/*.png"))
     for name in ("top.png", "sub/one.png", "sub/deep/two.PNG", ".hidden/no.png"):

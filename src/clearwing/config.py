@@ -137,7 +137,7 @@ class TrainConfig(Source):
     replay: str | None = None
     """Repeat a run under a time budget step by step from its plan.json."""
     batch_size: int | Literal["auto"] | None = None
-    """Pictures a batch, over all devices; auto: as many as fit the memory. Default: a sixteenth, from 16 to 128."""
+    """Pictures a batch, over all devices; auto: as fit the memory, up to an eighth of all. Default: 16 to 128."""
     accumulate: int = 1
     """Batches whose gradients make one step."""
     optimizer: Literal["sgd", "adamw", "adam"] = "sgd"

@@ -135,7 +135,7 @@ class Run:
     def save_weights(self, state: Mapping[str, Tensor], weights: str = "last") -> None:
         held = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         with atomic_path(self.file(WEIGHTS[weights])) as temporary:
-            temporary.write_bytes(save(held, metadata={"format": "pt", "by": "clearwing"}))
+            temporary.write_bytes(save(held, metadata={"format": "pt"}))
 
     def write_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
         write_text(self.file("metrics.jsonl"), "".join(json.dumps(plain(row)) + "\n" for row in rows))

@@ -27,7 +27,8 @@ def from_recipe(name: str) -> dict[str, Any]:
     known = recipes()
     path = known.get(name, Path(name))
     if not path.is_file():
-        raise ClearwingError("--recipe", name, f"{near(name, list(known))}; or give a .toml file")
+        mend = "no such file" if path.suffix == ".toml" else f"{near(name, list(known))}; or give a .toml file"
+        raise ClearwingError("--recipe", name, mend)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -53,8 +54,16 @@ def _settings(kind: type[Common], values: dict[str, Any], argument: str, path: s
         if name not in types:
             raise ClearwingError(argument, f"{path}: {name}", near(name, list(types)))
         if not _is_a(value, hints[name]):
-            raise ClearwingError(argument, f"{path}: {name} = {value!r}", f"give {types[name]}")
+            raise ClearwingError(argument, f"{path}: {name} = {value!r}", f"give {_in_words(types[name])}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _in_words(kind: str) -> str:
+    """`float | None` as "a number", `Literal["a", "b"]` as "a or b"."""
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+    parts = [re.sub(r"Literal\[(.*)\]", r"\1", part).replace('"', "") for part in kind.split(" | ") if part != "None"]
+    lists = [f"a list of {part.count('int')} whole numbers" if part.startswith("tuple") else part for part in parts]
+    return " or ".join(words.get(part, part.replace(", ", " or ")) for part in lists)
 
 
 def _is_a(value: Any, kind: Any) -> bool:

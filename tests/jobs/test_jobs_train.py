@@ -53,15 +53,17 @@ def test_recipes_of_ones_own_and_wrong_ones(tmp_path, capsys):
     _, config = parse(["train", "demo", "--recipe", str(own), "--out", "x"])
     assert (config.model, config.widths, config.flip) == ("resnet8", (4, 8, 8), "alternate")
     for text, said in (
-        ('flip = "alternat"', "flip = 'alternat'; give"),
-        ('batch_size = "sixteen"', "batch_size = 'sixteen'; give"),
-        ("widths = [4, 8]", r"widths = \[4, 8\]; give"),
+        ('flip = "alternat"', "flip = 'alternat'; give random or alternate or none"),
+        ('batch_size = "sixteen"', "batch_size = 'sixteen'; give a whole number or auto"),
+        ("widths = [4, 8]", r"widths = \[4, 8\]; give a list of 3 whole numbers"),
         ("flips = true", "flips; did you mean flip"),
         ("flip =", "cannot be read"),
     ):
         own.write_text(text)
         with pytest.raises(ClearwingError, match=said):
             from_recipe(str(own))
+    with pytest.raises(ClearwingError, match=r"missing\.toml; no such file"):
+        from_recipe("missing.toml")
     said = failure(capsys, "train", "demo", "--recipe", "cifar", "--out", "x")
     assert "--recipe: cifar; choose one of cifar-resnet" in said
 
@@ -155,6 +157,33 @@ def test_epochs_that_are_not_saved_lose_nothing(photos, tmp_path, monkeypatch):
         one, two = load_file(every / name), load_file(few / name)
         assert all(torch.equal(one[key], two[key]) for key in one)
     assert any(not torch.equal(value, one[key]) for key, value in load_file(few / "model.safetensors").items())
+
+
+def test_a_run_that_is_over_says_so(photos, tmp_path):
+    lr = 1e-12  # so that no epoch is better than the first
+    early = {"epochs": 9, "patience": 1, "lr": lr, "schedule": "constant", "jitter": 0.0, "ema": 0.99}
+    told = job.train(settings(photos, tmp_path / "run", **early))
+    assert told["json"]["epochs"] < 9
+    assert "ended by --patience 1: the loss on val fell no more" in told["text"]
+    again = job.train(settings(photos, tmp_path / "run", resume=True, **early))
+    assert again["text"].startswith(f"was finished already: {told['json']['epochs']} epochs")
+
+
+def test_a_run_writes_the_same_files_again(photos, tmp_path):
+    for name in ("one", "two"):
+        job.train(settings(photos, tmp_path / name))
+    for file in ("model.safetensors", "best.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_the_batch_that_fits_is_no_smaller_than_the_usual_one(photos, tmp_path):
+    run = job.train(settings(photos, tmp_path / "run", batch_size="auto", epochs=1))["json"]
+    assert Run.load(run["run"]).config["resolved"]["batch_size"] == 16
+
+
+def test_a_budget_that_is_gone_before_training_names_one_that_is_not(photos, tmp_path):
+    with pytest.raises(ClearwingError, match=r"reading the pictures took \d+ s; give \d+s or more"):
+        job.train(settings(photos, tmp_path / "run", epochs=None, time_budget="0.001s"))
 
 
 def test_what_is_resumed_otherwise_is_refused(photos, tmp_path, capsys):

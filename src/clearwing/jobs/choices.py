@@ -148,7 +148,8 @@ def same_run(run: Run, config: TrainConfig, dataset: Dataset) -> None:
         raise ClearwingError("--resume", run.path, f"the run has {counted} pictures to train on, DATA {count}")
     for name, value in plain(as_json(config)).items():
         if name not in free and before.get(name, value) != value:
-            mend = f"the run has another {name}, {before[name]}; leave it out, or start afresh"
+            was = "the default" if before[name] is None else before[name]
+            mend = f"the run has another {name}, {was}; leave it out, or start afresh"
             raise ClearwingError("--resume", run.path, mend)
 
 
@@ -162,8 +163,7 @@ def choose(config: TrainConfig, dataset: Dataset) -> Chosen:
     size = config.size or usual
     crop = config.crop if config.crop != "auto" else ("padded" if cifar else "resized")
     n = min(len(dataset.splits["train"]), config.limit or 10**9)
-    usual_batch = min(128, max(16, 1 << round(math.log2(max(n / 16, 1)))))
-    batch = 0 if config.batch_size == "auto" else config.batch_size or usual_batch
+    batch = 0 if config.batch_size == "auto" else config.batch_size or usual_batch(n)
     timed = config.time_budget is not None or config.replay is not None
     epochs = None if timed else config.epochs or (30 if fine_tuned else 60)
     model: dict[str, Any] = {"name": config.model, "in_channels": config.channels}
@@ -184,6 +184,11 @@ def choose(config: TrainConfig, dataset: Dataset) -> Chosen:
     watch = config.val or ("val" if "val" in dataset.splits else "test")
     lr = learning_rate(config, batch)
     return Chosen(size, train_size, cache_size, crop, batch, lr, epochs, fine_tuned, watch, model)
+
+
+def usual_batch(pictures: int) -> int:
+    """A power of two near a sixteenth of the pictures, from 16 to 128."""
+    return min(128, max(16, 1 << round(math.log2(max(pictures / 16, 1)))))
 
 
 def learning_rate(config: TrainConfig, batch: int) -> float:

@@ -130,7 +130,7 @@ def command(config: LrFindConfig, lr: float) -> str:
         words += ["--recipe", config.recipe]
     for name, default in usual.items():
         value, option = getattr(config, name), name.replace("_", "-")
-        if name in NOT_OF_TRAIN or value == default:
+        if name in NOT_OF_TRAIN or value == default or value is None:  # None: another option here puts it out
             continue
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")

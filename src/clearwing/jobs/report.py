@@ -144,6 +144,8 @@ def data_facts(run: Run) -> page.DataFacts:
     notes = list(data["notes"])
     if watch == "test":
         notes.append("training watched the test split; its accuracy is no measure of new pictures if it guided choices")
+    if (limit := run.config["train"]["limit"]) is not None:
+        notes.append(f"the run used at most {limit:,} pictures of each split (--limit); scores here are of all")
     return page.DataFacts(data["name"], run.class_names, data["splits"], tuple(notes))
 
 
@@ -374,8 +376,9 @@ def samples_by_key(run: Run, part: Part, config: ReportConfig) -> dict[str, Any]
 def mask_gallery(run: Run, part: Part, config: ReportConfig) -> tuple[page.MaskPicture, ...]:
     """Pictures with the outlines of mask and truth, evenly spread from the best IoU to the worst."""
     samples = samples_by_key(run, part, config)
-    keys = sorted(part.per_image, key=lambda key: -part.per_image[key]) or list(samples)
-    keys = [key for key in keys if key in samples]
+    written = part.result["files"]
+    keys = sorted(part.per_image, key=lambda key: -part.per_image[key]) or sorted(written)
+    keys = [key for key in keys if key in samples and key in written]
     shown = []
     for at in spread(len(keys), config.most) if keys else ():
         sample = samples[keys[at]]

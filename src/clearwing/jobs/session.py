@@ -78,6 +78,7 @@ class Session:
         self.steps = self.steps_an_epoch()
         self.plan = self.make_plan()
         self.state = FitState()
+        self.resumed_at = 0  # steps that were taken before
         self.best: tuple[float, float] | None = None  # (accuracy, -loss) of the best epoch
         self.best_weights: dict[str, Tensor] | None = None  # its weights, until they are written
         self.board: TensorBoard | None = None
@@ -103,7 +104,11 @@ class Session:
             return Steps(self.steps * (self.chosen.epochs or 1))
         total = seconds(self.config.time_budget)
         # Starting Python and leaving the process are outside of what is timed here.
-        left = total - (self.clock() - self.began) - min(8.0, 0.05 * total)
+        spent = self.clock() - self.began
+        left = total - spent - min(8.0, 0.05 * total)
+        if left <= 0:
+            mend = f"starting and reading the pictures took {spent:.0f} s; give {2 * spent + 10:.0f}s or more"
+            raise ClearwingError("--time-budget", self.config.time_budget, mend)
         kind = Budget if self.config.plan == "share" else FirstEpoch
         return kind(left, clock=self.clock)
 
@@ -331,6 +336,7 @@ class Session:
         self.best = None if kept["best"] is None else (kept["best"][0], kept["best"][1])
         self.best_weights = kept.get("best_weights")
         self.state = FitState.from_numbers(kept["fit"])
+        self.resumed_at = self.state.step
         if not self.first:
             self.state.sums = Sums()  # the first process has those of all
         torch.set_rng_state(kept["rng"])

@@ -15,11 +15,11 @@ from clearwing.data.loader import Pictures, load_pictures
 from clearwing.data.preprocess import square
 from clearwing.data.sources import BUILT_IN, Dataset, Sample, open_data
 from clearwing.data.stream import Stream, open_stream
-from clearwing.jobs.choices import Chosen, check, choose, learning_rate, same_run
+from clearwing.jobs.choices import Chosen, check, choose, learning_rate, same_run, usual_batch
 from clearwing.jobs.environment import environment
 from clearwing.jobs.inputs import limited
 from clearwing.jobs.progress import Progress
-from clearwing.jobs.session import Session
+from clearwing.jobs.session import Session, stalled
 from clearwing.measure.accuracy import wilson_interval
 from clearwing.models.classifier import IMAGENET_MEAN, IMAGENET_STD, Classifier, wrap
 from clearwing.models.whiten import whiten_stem
@@ -69,7 +69,7 @@ def train(
     run = run or Run(Path(config.out), {})
     with one_fails_all_stop(fabric), Progress(config.json or not fabric.is_global_zero) as progress:
         if (name := chosen.model["name"]) != config.model:
-            progress.say(f"note: {config.weights} holds a {name}, which is trained in place of {config.model}")
+            progress.say(f"note: {config.weights} holds a {name}, which is trained")
         pictures, watched = load_train_and_val(config, dataset, chosen, progress)
         torch.manual_seed(config.seed)
         model = make_model(config, dataset, chosen, pictures)
@@ -208,8 +208,8 @@ def shared_equally(config: TrainConfig, chosen: Chosen, processes: int, fixed: b
 
 
 def fitting(config: TrainConfig, chosen: Chosen, model: Classifier, pictures: int, fabric: Any) -> Chosen:
-    """The choices with the largest batch that fits the memory, at most an eighth of the pictures."""
-    most = max(2, pictures // (8 * fabric.world_size))
+    """The choices with the largest batch that fits the memory, at most the usual one or an eighth of the pictures."""
+    most = max(2, usual_batch(pictures) // fabric.world_size, pictures // (8 * fabric.world_size))
     one = largest_batch(model, (config.channels, chosen.train_size, chosen.train_size), fabric, most)
     batch = int(fabric.broadcast(one)) * fabric.world_size
     return dataclasses.replace(chosen, batch_size=batch, lr=learning_rate(config, batch))
@@ -248,7 +248,11 @@ def summarise(run: Run, session: Session, state: FitState, elapsed: float) -> di
         "train_accuracy": last.get("train_accuracy"),
         "watched": session.chosen.watch,
     }
-    lines = [f"trained {state.epoch} epochs ({state.step} steps) in {elapsed:.0f} s"]
+    told = f"{state.epoch} epochs ({state.step} steps)"
+    finished = session.config.resume and state.step == session.resumed_at
+    lines = [f"was finished already: {told}" if finished else f"trained {told} in {elapsed:.0f} s"]
+    if session.config.patience and stalled(rows, session.config.patience):
+        lines.append(f"ended by --patience {session.config.patience}: the loss on {session.chosen.watch} fell no more")
     if "val_accuracy" in last and session.watched is not None:
         n = len(session.watched.keys)
         low, high = wilson_interval(round(last["val_accuracy"] * n), n)
