@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
+import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -36,6 +39,31 @@ def alternate(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
             if i:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def in_its_own_process(make: Callable[..., Callable[[], object]], *args: object) -> Callable[[], object]:
+    """The way that `make(*args)` gives in a new process, so that nothing that clearwing sets in this one helps it."""
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    multiprocessing.get_context("spawn").Process(target=_serve, args=(there, make, args)).start()
+    there.close()
+    atexit.register(here.close)  # which ends it
+
+    def way() -> None:
+        here.send("run")
+        here.recv()
+
+    return way
+
+
+def _serve(pipe: Any, make: Callable[..., Callable[[], object]], args: tuple[object, ...]) -> None:
+    way = make(*args)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        way()
+        pipe.send("done")
 
 
 def show(title: str, pictures: int, seconds: dict[str, float]) -> None:

@@ -4,8 +4,8 @@
 
 DATA is a CIFAR-like data set (cifar10, or Parquet); by default pictures are drawn. Both sides see the same decoded
 pictures, shifted by up to 4 pixels and mirrored, and take the same number of steps of SGD with momentum. The plain
-loop is kuangliu's: DataLoader with two workers, float32, the layout that pictures come in. Ways alternate; printed are
-medians after one warm-up.
+loop is kuangliu's: DataLoader with two workers, float32, the layout that pictures come in; it has a process of its own.
+Ways alternate; printed are medians after one warm-up.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import alternate, environment, show
+from common import alternate, environment, in_its_own_process, show
 from plain import KUANGLIU, loader, plain_epochs
 
 import clearwing as cw
@@ -78,9 +78,10 @@ def our_epoch(
     return run
 
 
-def plain_epoch(pictures: cw.Pictures, model: str, device: str) -> Callable[[], Any]:
+def plain_epoch(data: str | None, count: int, model: str, device: str) -> Callable[[], Any]:
     """One epoch of the plain loop; its workers live on between epochs."""
     torch.manual_seed(0)
+    pictures = pictures_of(data, count)
     net = cw.build(model, 10).backbone.to(device)
     batches = loader(pictures, KUANGLIU, train=True)
     return lambda: list(plain_epochs(net, batches, KUANGLIU, 1, device))
@@ -105,7 +106,7 @@ def main() -> None:
         if args.compile:
             fast = our_epoch(pictures, args.model, args.batch, args.device, "bfloat16", compiled=True)
             ours["bfloat16, compiled"] = fast
-    ways = {"plain loop": plain_epoch(pictures, args.model, args.device)}
+    ways = {"plain loop": in_its_own_process(plain_epoch, args.data, args.pictures, args.model, args.device)}
     ways |= {f"clearwing, {name}": way for name, way in ours.items()}
     seconds = alternate(ways, args.rounds)
     show(f"An epoch of {args.model}, {args.pictures} pictures of 32 px, batch {args.batch}", args.pictures, seconds)
