@@ -61,7 +61,8 @@ def _settings(kind: type[Common], values: dict[str, Any], argument: str, path: s
 def _in_words(kind: str) -> str:
     """`float | None` as "a number", `Literal["a", "b"]` as "a or b"."""
     words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
-    parts = [re.sub(r"Literal\[(.*)\]", r"\1", part).replace('"', "") for part in kind.split(" | ") if part != "None"]
+    plain = re.sub("Literal\\[(.*?)]", "\\1", kind).replace("'", "").replace('"', "")
+    parts = [part for part in plain.split(" | ") if part != "None"]
     lists = [f"a list of {part.count('int')} whole numbers" if part.startswith("tuple") else part for part in parts]
     return " or ".join(words.get(part, part.replace(", ", " or ")) for part in lists)
 
