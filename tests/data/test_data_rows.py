@@ -118,3 +118,15 @@ def test_a_row_far_on_is_reached_from_its_row_group(tmp_path, monkeypatch):
     monkeypatch.setattr(rows._Reader, "begin", lambda self, *at: (begun.append(at), begin(self, *at))[1])
     assert [found[i].read_bytes() for i in (0, 950, 951, 20)] == [bytes([i % 256]) for i in (0, 950, 951, 20)]
     assert begun[1:] == [(0, 0), (9, 900), (0, 0)]
+
+
+def test_few_large_pictures_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "MEMORY", 100_000)
+    values = [bytes([i]) * 10_000 for i in range(96)]
+    found = sources(put(tmp_path / "a.parquet", values))
+    for source, value in zip(found, values, strict=True):
+        assert source.read_bytes() == value
+    reader = rows._reader(found[0].path, found[0].column, found[0].child)
+    assert len(reader.kept) == rows.PART
+    assert reader.size == sum(map(len, reader.kept))
+    assert found[3].read_bytes() == values[3]

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from clearwing.data.augment import seed_of
-from clearwing.data.rows import ParquetRow
-from clearwing.data.sources import SPLITS, Sample, hidden, parquet_columns
+from clearwing.data.rows import ParquetRow, parquet_columns
+from clearwing.data.sources import SPLITS, Sample, hidden
 from clearwing.types import ClearwingError, atomic_path, near
 
 ROWS = 100

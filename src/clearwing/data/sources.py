@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from clearwing.data.rows import ParquetRow
+from clearwing.data.rows import ParquetRow, parquet_columns, parquet_rows
 from clearwing.types import ClearwingError, near
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
@@ -343,7 +343,7 @@ def _open_parquet(
                 image, label, names = parquet_columns(path, file.schema_arrow)
                 first = 0
                 for group in range(file.num_row_groups):
-                    listed += _parquet_rows(path, file, group, first, image, label)
+                    listed += parquet_rows(path, file, group, first, image, label)
                     first += file.metadata.row_group(group).num_rows
         except (ArrowException, OSError) as error:
             raise ClearwingError("data", path, f"cannot be read as Parquet ({error})") from error
@@ -352,56 +352,12 @@ def _open_parquet(
     return _Listing(title, _parquet_items(rows, names or tuple(given or ()), root), fixed)
 
 
-def _parquet_rows(
-    path: Path, file: Any, group: int, first: int, image: str, label: str | None
-) -> Iterable[tuple[Any, Any]]:
-    """(picture, label) of every row of a row group; where all its pictures lie in the file, they are left there."""
-    import pyarrow as pa
-
-    about, kind = file.metadata.row_group(group), file.schema_arrow.field(image).type
-    columns = [about.column(i) for i in range(about.num_columns)]
-    nulls = {c.path_in_schema: c.statistics.null_count for c in columns if c.statistics and c.statistics.has_null_count}
-    child = "bytes" if pa.types.is_struct(kind) else None
-    later = nulls.get(f"{image}.bytes" if child else image) == 0
-    pathed = child is not None and kind.get_field_index("path") >= 0
-    wanted = [image] if not later else [f"{image}.path"] if pathed else []
-    table = file.read_row_group(group, columns=wanted + ([label] if label else []))
-    pictures = table[image].to_pylist() if wanted else [{}] * about.num_rows
-    if later:
-        rows = (ParquetRow(path, first + i, group, first, image, child) for i in range(about.num_rows))
-        pictures = [picture | {"bytes": row} for picture, row in zip(pictures, rows, strict=True)]
-    labels = table[label].to_pylist() if label else [None] * about.num_rows
-    return zip(pictures, labels, strict=True)
-
-
 def parquet_splits(files: Sequence[Path], root: Path, notes: list[str]) -> dict[Path, str]:
     """The split of every file that is part of one; `train`, where no file names any."""
     named = {path: split for path in files if (split := _parquet_split(path.relative_to(root)))}
     if named and (odd := [path.name for path in files if path not in named]):
         notes.append(f"{len(odd)} files that name no split were left out ({odd[0]} ...)")
     return named or dict.fromkeys(files, "train")
-
-
-def parquet_columns(path: Path, schema: Any) -> tuple[str, str | None, tuple[str, ...]]:
-    """The columns of the picture and of the label, and the class names of the schema's `huggingface` metadata."""
-    import pyarrow as pa
-
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = (about.get("info") or {}).get("features") or {}
-
-    def holds_bytes(kind: Any) -> bool:
-        inner = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
-        return pa.types.is_binary(inner) or pa.types.is_large_binary(inner)
-
-    pictures = [c for c in schema.names if holds_bytes(schema.field(c).type)]
-    likely = [c for c in ("image", "img", "picture") if c in pictures] + pictures
-    if not likely:
-        raise ClearwingError("data", path, f"no column of pictures among {', '.join(schema.names)}")
-    labels = [c for c in ("label", "fine_label", "labels", "target", "class") if c in schema.names]
-    labels += [c for c, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"]
-    label = labels[0] if labels else None
-    feature = features.get(label) or {}
-    return likely[0], label, tuple(feature.get("names") or ())
 
 
 def _parquet_split(path: Path) -> str | None:
