@@ -1,17 +1,23 @@
-"""How well masks cover the truth, picture by picture, and how sure the mean is: IoU, Dice, bootstrap intervals."""
+"""How well masks cover the truth, picture by picture, and how sure the mean is: IoU, Dice, boundaries, intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
-from clearwing.types import FOREGROUND, IGNORE, ClearwingError
+from clearwing.types import BACKGROUND, FOREGROUND, IGNORE, ClearwingError
 
 Masks = Tensor | Sequence[Any]
 """(N, H, W), one (H, W), or a list of N (H, W) of any sizes; tensors or arrays."""
+
+PIXELS = 2**21
+"""How many pixels are looked at together: the temporaries of so many stay in the processor's cache."""
 
 
 def iou(masks: Masks, truth: Masks) -> Tensor:
@@ -25,14 +31,93 @@ def iou(masks: Masks, truth: Masks) -> Tensor:
     >>> iou(torch.tensor([[[1, 1, 0, 0]]]), torch.tensor([[[1, 0, 0, 255]]]))
     tensor([0.5000])
     """
-    both, claimed, true = _counts(masks, truth)
-    return _share(both, claimed + true - both)
+    both, claimed, true, _ = counts(masks, truth)
+    return share(both, claimed + true - both)
 
 
 def dice(masks: Masks, truth: Masks) -> Tensor:
     """Dice coefficient, twice the intersection over the sum of both areas, (N,); conventions as in `iou`."""
-    both, claimed, true = _counts(masks, truth)
-    return _share(2 * both, claimed + true)
+    both, claimed, true, _ = counts(masks, truth)
+    return share(2 * both, claimed + true)
+
+
+def mean_class_iou(masks: Masks, truth: Masks) -> Tensor:
+    """The mean of the IoU of the foreground and that of the background of each picture, (N,): mIoU with two classes.
+
+    Conventions as in `iou`, for either class: one that is in neither mask has an IoU of 1. The mIoU of PASCAL VOC adds
+    up the pixels of all pictures before it divides; this one is a mean over pictures.
+
+    >>> mean_class_iou(torch.tensor([[[1, 1, 0, 0]]]), torch.tensor([[[1, 0, 0, 0]]]))  # 1/2 and 2/3
+    tensor([0.5833])
+    """
+    both, claimed, true, seen = counts(masks, truth)
+    either = claimed + true - both
+    return (share(both, either) + share(seen - either, seen - both)) / 2
+
+
+def boundary_f(masks: Masks, truth: Masks, tolerance: float = 0.0075) -> Tensor:
+    """The boundary F measure of each picture, 2PR / (P + R): float32 (N,), in [0, 1].
+
+    P is the share of the mask's contour pixels that lie near the truth's contour, R that of the truth's contour pixels
+    that lie near the mask's: Martin, Fowlkes and Malik 2004; Csurka et al. 2013; F of Perazzi et al. 2016.
+
+    Contours are those of the DAVIS code: the pixels that differ from their neighbour to the right, below, or below to
+    the right; the border of the picture is no contour. Near is a Euclidean distance, between the centres of pixels, of
+    at most `tolerance` times the picture's diagonal, rounded up to whole pixels: what lies in the dilation by a disk of
+    that radius. DAVIS has 0.008. Pixels to ignore (255) are background on both sides before contours are drawn.
+
+    Where one side alone has a contour F is 0. Where neither has one, F is 1 if both are the same, all or nothing, else
+    0.
+
+    Raises ClearwingError as `iou` does, and for a tolerance that is no share of the diagonal.
+
+    >>> truth = torch.zeros(1, 64, 64, dtype=torch.bool)
+    >>> truth[:, 16:48, 16:48] = True
+    >>> boundary_f(truth.roll(1, 2), truth), boundary_f(truth.roll(8, 2), truth)  # to the right, by 1 pixel and by 8
+    (tensor([1.]), tensor([0.4219]))
+    """
+    if not 0 <= tolerance < 1:
+        raise ClearwingError("tolerance", tolerance, "give a share of the picture's diagonal, such as 0.0075")
+    scores: list[float] = []
+    device = torch.device("cpu")
+    for mask, true in _in_turn(masks, truth):
+        device = mask.device
+        mask, true = (mask == FOREGROUND) & (true != IGNORE), true == FOREGROUND
+        same = (mask == true).flatten(1).all(1).tolist()
+        disk = _disk(max(1, math.ceil(tolerance * math.hypot(*mask.shape[1:]))))
+        claimed, wanted = (contour(side).byte().cpu().numpy() for side in (mask, true))
+        scores += [_f(claimed[i], wanted[i], disk, same[i]) for i in range(len(same))]
+    return torch.tensor(scores, device=device)
+
+
+def contour(masks: Tensor) -> Tensor:
+    """The pixels that differ from their neighbour to the right, below, or below to the right: bool (N, H, W) -> same.
+
+    One pixel wide, half a pixel up and to the left of the outline between the pixels (Martin et al. 2004, `seg2bmap`).
+    """
+    edges = torch.zeros_like(masks)
+    edges[:, :, :-1] |= masks[:, :, :-1] ^ masks[:, :, 1:]
+    edges[:, :-1] |= masks[:, :-1] ^ masks[:, 1:]
+    edges[:, :-1, :-1] |= masks[:, :-1, :-1] ^ masks[:, 1:, 1:]
+    return edges
+
+
+def box_of(masks: Masks) -> Tensor:
+    """The tightest box around the foreground of each mask: int64 (N, 4), as x0, y0, x1, y1.
+
+    x1 and y1 are exclusive, so x1 - x0 is the width. A mask without foreground gives zeros; 255 is no foreground.
+
+    >>> box_of(torch.tensor([[[0, 0, 0], [0, 1, 1]]]))
+    tensor([[1, 1, 3, 2]])
+    """
+    boxes = []
+    for part in masks_of(masks, "masks", ignore=True):
+        mask = (part == FOREGROUND).view(torch.uint8)
+        sides = [mask.amax(1).int(), mask.amax(2).int()]  # columns (N, W), rows (N, H); argmax finds the first of them
+        low = torch.stack([side.argmax(1) for side in sides], 1)
+        high = torch.stack([side.shape[1] - side.flip(1).argmax(1) for side in sides], 1)
+        boxes.append(torch.cat([low, high], 1) * sides[0].amax(1, keepdim=True))
+    return torch.cat(boxes)
 
 
 def bootstrap_interval(
@@ -75,67 +160,118 @@ def paired_interval(
     return bootstrap_interval(a - b, level, n, seed)
 
 
-def _share(part: Tensor, whole: Tensor) -> Tensor:
+def share(part: Tensor, whole: Tensor) -> Tensor:
+    """part / whole, and 1 where the whole is 0: nothing was asked for and nothing was claimed."""
     return torch.where(whole > 0, part / whole.clamp(min=1), 1.0)
 
 
-def _counts(masks: Masks, truth: Masks) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels in both, in `masks`, in `truth`, those to ignore left out: three int64 (N,)."""
-    given, wanted = _stacks(masks, "masks"), _stacks(truth, "truth")
-    n, n_truth = sum(len(part) for part in given), sum(len(part) for part in wanted)
-    if n != n_truth:
-        raise ClearwingError("masks", f"{n} masks for {n_truth} truths", "give one mask for every truth")
-    if len(given) != len(wanted):  # one side stacked, the other a list
-        given, wanted = ([part[i : i + 1] for part in side for i in range(len(part))] for side in (given, wanted))
-    counts = []
-    for mask, true in zip(given, wanted, strict=True):
-        if mask.shape != true.shape:
-            sizes = " and ".join("x".join(map(str, part.shape[1:])) for part in (mask, true))
-            raise ClearwingError("masks", f"mask and truth of sizes {sizes}", "bring both to one size; see restore")
-        true = true.to(mask.device)
+def counts(masks: Masks, truth: Masks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels in both, in `masks`, in `truth`, and in the picture, those to ignore left out: four int64 (N,)."""
+    rows = []
+    for mask, true in _in_turn(masks, truth):
         seen = true != IGNORE
         mask, true = (mask == FOREGROUND) & seen, true == FOREGROUND
-        counts.append(torch.stack([(mask & true).sum((1, 2)), mask.sum((1, 2)), true.sum((1, 2))]))
-    both, claimed, true = torch.cat(counts, 1)
-    return both, claimed, true
+        sides = (mask & true, mask, true, seen)
+        rows.append(torch.stack([side.flatten(1).sum(1, dtype=torch.int32) for side in sides]))
+    both, claimed, true, seen = torch.cat(rows, 1).long()
+    return both, claimed, true, seen
 
 
-def _stacks(masks: Masks, argument: str) -> list[Tensor]:
-    """One stack (N, H, W), or a list of N stacks (1, H, W), their values checked."""
-    if isinstance(masks, Tensor) or hasattr(masks, "__array__"):
-        stack = torch.as_tensor(masks)
-        stacks = [stack[None] if stack.ndim == 2 else stack]
+def pairs(given: list[Tensor], truth: list[Tensor], argument: str = "masks") -> list[tuple[Tensor, Tensor]]:
+    """Stacks (n, H, W) of one size side by side, the truth brought to the device of what is given; see `stacks`.
+
+    Raises ClearwingError where the numbers or the sizes differ.
+    """
+    n, n_truth = sum(len(part) for part in given), sum(len(part) for part in truth)
+    if n != n_truth:
+        raise ClearwingError(argument, f"{n} {argument} for {n_truth} truths", "give one for every truth")
+    if len(given) != len(truth):  # one side stacked, the other a list
+        given, truth = ([part[i : i + 1] for part in side for i in range(len(part))] for side in (given, truth))
+    for part, true in zip(given, truth, strict=True):
+        if part.shape != true.shape:
+            sizes = " and ".join("x".join(map(str, side.shape[1:])) for side in (part, true))
+            value = f"{argument.removesuffix('s')} and truth of sizes {sizes}"
+            raise ClearwingError(argument, value, "bring both to one size; see restore")
+    return [(part, true.to(part.device)) for part, true in zip(given, truth, strict=True)]
+
+
+def together(part: Tensor, least: int = 1) -> int:
+    """How many pictures of a stack (N, H, W) to look at together; `least` is what one costs at any size."""
+    return max(1, PIXELS // max(part[0].numel(), least))
+
+
+def stacks(values: Masks, argument: str) -> list[Tensor]:
+    """One stack (N, H, W), or a list of N stacks (1, H, W), whatever they hold.
+
+    Raises ClearwingError for another number of dimensions, and where nothing is given.
+    """
+    kind = "map" if argument == "maps" else "mask"
+    if isinstance(values, Tensor) or hasattr(values, "__array__"):
+        stack = torch.as_tensor(values)
+        parts = [stack[None] if stack.ndim == 2 else stack]
     else:
-        stacks = [torch.as_tensor(mask)[None] for mask in masks]
-    if not stacks:
-        raise ClearwingError(argument, "[]", "give at least one mask")
-    for part in stacks:
+        parts = [torch.as_tensor(value)[None] for value in values]
+    if not parts:
+        raise ClearwingError(argument, "[]", f"give at least one {kind}")
+    for part in parts:
         if part.ndim != 3 or not part.numel():
-            raise ClearwingError(argument, tuple(part.shape), "give masks (N, H, W), or a list of (H, W)")
-    _check_values(stacks, argument)
-    return stacks
+            raise ClearwingError(argument, tuple(part.shape), f"give {kind}s (N, H, W), or a list of (H, W)")
+    return parts
 
 
-def _check_values(stacks: list[Tensor], argument: str) -> None:
-    allowed = (0, FOREGROUND) if argument == "masks" else (0, FOREGROUND, IGNORE)
-    for part in stacks:
-        if part.dtype == torch.bool:
-            continue
-        wrong = torch.ones_like(part, dtype=torch.bool)
+def masks_of(masks: Masks, argument: str, ignore: bool = False) -> list[Tensor]:
+    """`stacks` of masks: of bool, or 0 and 1, and of 255 where pixels to `ignore` may be.
+
+    Raises ClearwingError for other values.
+    """
+    parts = stacks(masks, argument)
+    for part in parts:
+        _check_values(part, argument, ignore)
+    pictures = [picture for part in parts for picture in part]
+    if (
+        ignore
+        and len(pictures) > 1
+        and all(p.dtype != torch.bool and (p == IGNORE).any() and not (p == FOREGROUND).any() for p in pictures)
+    ):
+        mend = "255 means ignore, so every one here is empty; read_mask reads a PNG's 0 and 255"
+        raise ClearwingError(argument, "holds 0 and 255 alone", mend)
+    return parts
+
+
+def _check_values(part: Tensor, argument: str, ignore: bool) -> None:
+    if part.dtype == torch.bool or (part.dtype == torch.uint8 and part.amax() <= FOREGROUND):
+        return
+    allowed = (BACKGROUND, FOREGROUND, IGNORE) if ignore else (BACKGROUND, FOREGROUND)
+    for some in part.split(together(part)):
+        wrong = torch.ones_like(some, dtype=torch.bool)
         for value in allowed:
-            wrong &= part != value
+            wrong &= some != value
         if wrong.any():
-            found = part[wrong][0].item()
+            found = some[wrong][0].item()
             if found == IGNORE:
                 mend = "a mask is bool or 0 and 1; read_mask reads a PNG's 0 and 255"
             else:
                 mend = f"give {', '.join(map(str, allowed))} or bool; threshold a map first (see segment)"
             raise ClearwingError(argument, f"holds {found}", mend)
-    pictures = [picture for part in stacks for picture in part]
-    if (
-        argument == "truth"
-        and len(pictures) > 1
-        and all(p.dtype != torch.bool and (p == IGNORE).any() and not (p == FOREGROUND).any() for p in pictures)
-    ):
-        mend = "255 means ignore, so every truth here is empty; read_mask reads a PNG's 0 and 255"
-        raise ClearwingError(argument, "holds 0 and 255 alone", mend)
+
+
+def _in_turn(masks: Masks, truth: Masks) -> Iterator[tuple[Tensor, Tensor]]:
+    """Masks and truths checked and side by side, as many together as is quickest: two (n, H, W)."""
+    for mask, true in pairs(masks_of(masks, "masks"), masks_of(truth, "truth", ignore=True)):
+        yield from zip(mask.split(together(mask)), true.split(together(true)), strict=True)
+
+
+def _f(claimed: np.ndarray, wanted: np.ndarray, disk: np.ndarray, same: bool) -> float:
+    """F of two contours, uint8 (H, W), whose masks are the `same` or not; see `boundary_f`."""
+    found, true = int(claimed.sum()), int(wanted.sum())
+    if not found or not true:
+        return float(same)
+    precision = int((cv2.dilate(wanted, disk) & claimed).sum()) / found
+    recall = int((cv2.dilate(claimed, disk) & wanted).sum()) / true
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def _disk(radius: int) -> np.ndarray:
+    """The pixels whose centres lie within `radius` of the middle one's: uint8 (2 radius + 1, 2 radius + 1)."""
+    x = np.arange(-radius, radius + 1)
+    return (x[None] ** 2 + x[:, None] ** 2 <= radius**2).astype(np.uint8)
