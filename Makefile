@@ -34,7 +34,7 @@ bench: .venv/installed  ## what the benchmarks need beyond the project, then tho
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "clearwing needs Python 3.11 or later; set PYTHON=")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[peers]' --group dev --constraint constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[peers,onnx]' --group dev --constraint constraints.txt
 	touch $@
 
 # Tests of the pages drive Debian's Chromium. Elsewhere, or without the right to install, they skip with the reason.
