@@ -22,8 +22,8 @@ from clearwing.config import RECIPES
 from clearwing.data.sources import read_classes
 from clearwing.jobs import inputs
 from clearwing.jobs.evaluate import scores
+from clearwing.jobs.maskers import NetworkMasker, fitted
 from clearwing.jobs.progress import Progress
-from clearwing.jobs.segment import NetworkMasker, deepest_stages
 from clearwing.run import free_folder
 from clearwing.show.draw import save_png
 
@@ -45,20 +45,20 @@ def evaluate(args: argparse.Namespace, progress: Progress) -> str:
         raise cw.ClearwingError("--out", table, "exists; use --overwrite or another folder")
     maps = free_folder(args.out / "seg_maps", args.overwrite)
     samples, channels = inputs.split_of(dataset, "all"), model.in_channels or 3
-    recipe, device = cw.RECIPES[args.recipe], inputs.pick_device(args.device)
+    recipe, device = cw.RECIPES[args.pipeline], inputs.pick_device(args.device)
     pictures, fine = (
         cw.load_pictures(samples, side, fit="squash", channels=channels, progress=progress.task("reading pictures"))
-        for side in (size, size * recipe.detail)
+        for side in (size, recipe.side(size))
     )
     skipped = inputs.told_skipped(pictures, progress)
 
     model.to(device)
-    masker = NetworkMasker(model, recipe, deepest_stages(model, pictures, recipe.layers, device))
+    masker = NetworkMasker(model, *fitted(recipe, model, next(pictures.batches(1, device=device)).images))
     files, logits = inputs.result_paths(pictures.keys, ".png"), []
     for batch, finer in zip(pictures.batches(32, device=device), fine.batches(32, device=device), strict=True):
-        masks = cw.restore(masker(batch, finer).cpu(), finer.geometry)
-        logits.append(masker.logits.cpu())
-        for key, mask in zip(batch.keys, masks, strict=True):
+        made = masker(batch, finer)
+        logits.append(made.logits.cpu())
+        for key, mask in zip(batch.keys, cw.restore(made.masks.cpu(), finer.geometry), strict=True):
             save_png((mask * 255).numpy(), maps / files[key])
     predicted = torch.cat(logits)
     with table.open("w", newline="", encoding="utf-8") as file:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("weights", metavar="CKPT/resnet_model.pth", type=Path, help="what train.py wrote")
     parser.add_argument("images", metavar="IMAGES", help="folder of pictures")
     parser.add_argument("--out", type=Path, default=Path(), help="folder to write; default: the current one")
-    parser.add_argument("--recipe", default="classic", choices=RECIPES, help="way to a mask; default: classic")
+    parser.add_argument("--pipeline", default="classic", choices=RECIPES, help="way to a mask; default: classic")
     parser.add_argument("--size", type=int, help=f"side of the input; default: as trained, else {SIZE}")
     parser.add_argument("--unlabelled", action="store_true", help="read no labels from folders or file names")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")

@@ -137,22 +137,23 @@ def test_explain_names_what_is_near(capsys, photos, trained, tmp_path):
     assert "nowhere" in failure(capsys, "explain", "nowhere", picture, "--out", tmp_path / "out")
 
 
-@pytest.mark.parametrize("recipe", ["default", "classic"])
-def test_segment_writes_masks_in_the_original_size_and_scores_them(capsys, photos, trained, tmp_path, recipe):
+@pytest.mark.parametrize("pipeline", ["refine", "classic"])
+def test_segment_writes_masks_in_the_original_size_and_scores_them(capsys, photos, trained, tmp_path, pipeline):
     from PIL import Image
 
     from clearwing import read_mask
 
     out = tmp_path / "masks"
-    code, text, _ = run(capsys, "segment", trained, photos, "--recipe", recipe, "--out", out, "--json")
+    code, text, _ = run(capsys, "segment", trained, photos, "--pipeline", pipeline, "--out", out, "--json")
     assert code == 0
     result = json.loads(text)
     written = json.loads((out / "segmentation.json").read_text())
     for name in ("mean_iou", "ci95", "per_image", "threshold", "masks_used_for_calibration", "baselines", "skipped"):
         assert written[name] == result[name]
-    assert not result["masks_used_for_calibration"]
+    assert result["masks_used_for_calibration"] is False
+    assert result["pipeline"] == pipeline
     assert set(result["threshold"]) >= {"how", "value"}
-    names = {"everything", "centre-gaussian", "centre-box-grabcut", "untrained-network"}
+    names = {"everything", "centre-gaussian", "centre-box-grabcut", "edge-map", "untrained-network"}
     assert set(result["baselines"]) == names
     masks = sorted(out.rglob("*.png"))
     assert len(masks) == len(result["per_image"]) == 6
@@ -242,6 +243,7 @@ def test_segment_refuses_what_it_does_not_know(capsys, photos, trained, tmp_path
     assert "otzu; did you mean otsu" in refused("--threshold", "otzu")
     assert "--split: holdout" in refused("--split", "holdout")
     assert "salience; did you mean saliency" in refused("--method", "salience")
+    assert "--pipeline: default; choose one of refine, decoder, classic" in refused("--pipeline", "default")
 
 
 def test_an_unreadable_picture_among_many_is_counted(capsys, photos, tmp_path):
@@ -368,17 +370,17 @@ def test_report_of_moved_data_shows_the_masks(capsys, photos, trained, tmp_path)
     assert "--threshold mean --out" in (copy / "report.html").read_text()
 
 
-def test_a_changed_recipe_is_called_so(capsys, photos, trained, tmp_path):
-    def recipe(*options):
+def test_a_changed_pipeline_is_called_so(capsys, photos, trained, tmp_path):
+    def pipeline(*options):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
         code, text, _ = run(capsys, "segment", trained, photos, "--limit", "1", "--out", out, *options, "--json")
         assert code == 0
-        return json.loads(text)["recipe"]
+        return json.loads(text)["pipeline"]
 
-    assert recipe("--threshold", "auto") == "default"
-    assert recipe("--threshold", "mean") == "default (changed)"
-    assert recipe("--layers", "layer2,layer3") == "default (changed)"
-    assert recipe("--recipe", "classic", "--refine", "grabcut") == "classic (changed)"
+    assert pipeline("--threshold", "auto") == "refine"
+    assert pipeline("--threshold", "mean") == "refine (changed)"
+    assert pipeline("--layers", "layer2,layer3") == "refine (changed)"
+    assert pipeline("--pipeline", "classic", "--refine", "grabcut") == "classic (changed)"
 
 
 def test_one_scored_picture_has_no_interval(capsys, photos, trained, tmp_path):

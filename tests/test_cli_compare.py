@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+from clearwing.config import ReportConfig
+from clearwing.jobs.compare import is_comparison, parties
 from clearwing.measure.accuracy import mcnemar, wilson_interval
 from clearwing.run import Run, write_json
 from commands import failure, run
@@ -177,12 +179,21 @@ def test_an_evaluation_of_other_weights_is_left_out(capsys, photos, tmp_path):
 
 def test_masks_are_set_side_by_side(capsys, tmp_path):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    result = {"split": "val", "recipe": "default", "mean_iou": 0.75, "ci95": [0.7, 0.8], "n": 5, "per_image": {}}
+    result = {"split": "val", "pipeline": "refine", "mean_iou": 0.75, "ci95": [0.7, 0.8], "n": 5, "per_image": {}}
     write_json(a / "masks" / "segmentation.json", result)
     found = compared(capsys, a, b)
-    assert found["runs"][0]["masks"] == {"val, default": {"mean_iou": 0.75, "ci95": [0.7, 0.8], "n": 5}}
+    assert found["runs"][0]["masks"] == {"val, refine": {"mean_iou": 0.75, "ci95": [0.7, 0.8], "n": 5}}
     assert found["runs"][1]["masks"] == {}
     assert "0.700 to 0.800" in (a / "compare.html").read_text()
+
+
+def test_a_run_that_is_called_demo_is_not_the_data_demo(tmp_path, monkeypatch):
+    make_run(tmp_path / "demo"), make_run(tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    assert not is_comparison(ReportConfig(run="demo", data="demo"))  # as clearwing demo --out demo calls it
+    assert is_comparison(ReportConfig(run="b", data="./demo"))
+    runs, data = parties(ReportConfig(run="demo", data="b", more=("demo",)))
+    assert ([run.path.name for run in runs], data) == (["demo", "b"], "demo")
 
 
 def test_runs_with_different_classes_are_compared_with_a_word(capsys, photos, tmp_path):

@@ -1,4 +1,4 @@
-"""Run: what a training leaves, loads again, resumes, replays and refuses."""
+"""Run: what a training leaves, loads again, resumes, replays and refuses; and its decoder."""
 
 import json
 import shutil
@@ -224,3 +224,74 @@ def test_a_time_budget_survives_a_kill(photos, tmp_path):
     first = train(settings(photos, tmp_path / "run", time_budget="40s"), clock=Clock())
     again = train(settings(photos, tmp_path / "run", time_budget="40s", resume=True), clock=Clock())
     assert again["json"]["steps"] == first["json"]["steps"]  # its time was used already
+
+
+# The decoder of a run.
+
+
+@pytest.fixture
+def taught(trained, tmp_path):
+    """A copy of the run with an untrained decoder of its own shape, and the segmenter it was saved from."""
+    from clearwing.models.decoder import Decoder, Segmenter
+
+    run = Run.load(shutil.copytree(trained, tmp_path / "copy"))
+    torch.manual_seed(3)
+    segmenter = Segmenter(run.load_model(), Decoder((4, 8), width=5), ["layer1", "layer3"])
+    for value in segmenter.decoder.state_dict().values():
+        if value.is_floating_point():
+            value.uniform_(0.5, 1.5)  # what batch norm keeps, too
+    run.save_decoder(segmenter.eval(), {"pictures": 9, "course": {"lr": 0.1}, "nan": float("nan")})
+    return run, segmenter
+
+
+def test_a_decoder_comes_back(taught):
+    run, segmenter = taught
+    again = Run.load(run.path)
+    assert again.decoder_about() == {"pictures": 9, "course": {"lr": 0.1}, "nan": None}
+    loaded = again.load_segmenter()
+    assert loaded.layers == ("layer1", "layer3")
+    assert (loaded.decoder.channels, loaded.decoder.width) == ((4, 8), 5)
+    assert not any(part.training for part in loaded.modules())
+    assert same(loaded.decoder.state_dict(), segmenter.decoder.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        for a, b in zip(loaded(images), segmenter.to(memory_format=torch.channels_last)(images), strict=True):
+            assert torch.equal(a, b)
+    assert not list(run.path.rglob("*.part"))
+
+
+def test_loading_a_decoder_leaves_the_random_numbers_alone(taught):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    taught[0].load_segmenter()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_run_without_a_decoder_says_how_to_get_one(trained):
+    run = Run.load(trained)
+    assert run.decoder_about() is None
+    with pytest.raises(cw.ClearwingError, match=r"has no decoder; .* --pipeline decoder trains one"):
+        run.load_segmenter()
+
+
+@pytest.mark.parametrize("left", [0, 7, 60, -1])  # nothing, no header, half a header, a byte of the last weight short
+def test_a_damaged_decoder_is_refused(taught, left):
+    path = taught[0].file("decoder.safetensors")
+    path.write_bytes(path.read_bytes()[:left])
+    for read in (taught[0].decoder_about, taught[0].load_segmenter):
+        with pytest.raises(cw.ClearwingError, match=r"is no decoder that clearwing wrote .* delete it"):
+            read()
+
+
+def test_weights_of_something_else_are_no_decoder(taught):
+    run, _ = taught
+    shutil.copy(run.file("model.safetensors"), run.file("decoder.safetensors"))
+    with pytest.raises(cw.ClearwingError, match=r"is no decoder that clearwing wrote"):
+        run.load_segmenter()
+
+
+def test_overwriting_a_run_takes_its_decoder_along(taught):
+    run, _ = taught
+    Run.create(run.path, overwrite=True).clear()
+    assert not run.file("decoder.safetensors").exists()

@@ -20,6 +20,8 @@ _WHERE = {
     "restore": "clearwing.data.preprocess",
     "Classifier": "clearwing.models.classifier",
     "wrap": "clearwing.models.classifier",
+    "Decoder": "clearwing.models.decoder",
+    "Segmenter": "clearwing.models.decoder",
     "ResNet": "clearwing.models.resnet",
     "ResNet6n2": "clearwing.models.resnet",
     "summary": "clearwing.models.resnet",
@@ -34,12 +36,17 @@ _WHERE = {
     "Trace": "clearwing.attribution.trace",
     "find_layer": "clearwing.attribution.layers",
     "record": "clearwing.attribution.trace",
+    "free_masks": "clearwing.jobs.maskers",
     "RECIPES": "clearwing.masks.pipeline",
     "segment": "clearwing.masks.pipeline",
     "segment_with": "clearwing.masks.pipeline",
+    "max_box_accuracy": "clearwing.measure.curves",
+    "threshold_curve": "clearwing.measure.curves",
     "bootstrap_interval": "clearwing.measure.overlap",
+    "boundary_f": "clearwing.measure.overlap",
     "dice": "clearwing.measure.overlap",
     "iou": "clearwing.measure.overlap",
+    "mean_class_iou": "clearwing.measure.overlap",
     "Run": "clearwing.run",
     "draw_explanation": "clearwing.show.sheet",
 }
@@ -53,9 +60,12 @@ if TYPE_CHECKING:
     from clearwing.data.loader import Pictures, load_pictures
     from clearwing.data.preprocess import read_mask, read_picture, restore
     from clearwing.data.sources import open_data
+    from clearwing.jobs.maskers import free_masks
     from clearwing.masks.pipeline import RECIPES, segment, segment_with
-    from clearwing.measure.overlap import bootstrap_interval, dice, iou
+    from clearwing.measure.curves import max_box_accuracy, threshold_curve
+    from clearwing.measure.overlap import bootstrap_interval, boundary_f, dice, iou, mean_class_iou
     from clearwing.models.classifier import Classifier, wrap
+    from clearwing.models.decoder import Decoder, Segmenter
     from clearwing.models.resnet import ResNet, ResNet6n2, summary
     from clearwing.models.zoo import adopt, build, load_model
     from clearwing.run import Run
@@ -69,6 +79,7 @@ __all__ = [
     "Batch",
     "Classifier",
     "ClearwingError",
+    "Decoder",
     "Diagnosis",
     "Explanation",
     "Geometry",
@@ -76,10 +87,12 @@ __all__ = [
     "ResNet",
     "ResNet6n2",
     "Run",
+    "Segmenter",
     "Status",
     "Trace",
     "adopt",
     "bootstrap_interval",
+    "boundary_f",
     "build",
     "dice",
     "draw_explanation",
@@ -87,9 +100,12 @@ __all__ = [
     "explain",
     "find_layer",
     "fit",
+    "free_masks",
     "iou",
     "load_model",
     "load_pictures",
+    "max_box_accuracy",
+    "mean_class_iou",
     "open_data",
     "read_mask",
     "read_picture",
@@ -98,6 +114,7 @@ __all__ = [
     "segment",
     "segment_with",
     "summary",
+    "threshold_curve",
     "wrap",
 ]
 

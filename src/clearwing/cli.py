@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[type[configs.Common], str]] = {
     "predict": (configs.PredictConfig, "clearwing.jobs.evaluate:predict"),
     "explain": (configs.ExplainConfig, "clearwing.jobs.explain:explain"),
     "segment": (configs.SegmentConfig, "clearwing.jobs.segment:segment"),
+    "export": (configs.ExportConfig, "clearwing.jobs.export:export"),
     "report": (configs.ReportConfig, "clearwing.jobs.report:report"),
     "doctor": (configs.DoctorConfig, "clearwing.jobs.doctor:doctor"),
     "demo": (configs.DemoConfig, "clearwing.jobs.demo:demo"),

@@ -55,7 +55,7 @@ METHODS = (
     "attention-rollout",
     "gradient-attention",
 )
-RECIPES = ("default", "classic")
+RECIPES = ("refine", "classic")
 
 Fit = Literal["squash", "crop", "pad"]
 
@@ -351,8 +351,17 @@ class SegmentConfig(Source):
     """Which part of DATA: train, val, test, or all of it."""
     masks: str | None = None
     """Folder of true masks to score against. Default: DATA/MASKS, if there."""
-    recipe: Literal["default", "classic"] = "default"
-    """default: layer maps seed GrabCut. classic: input gradient, 80th percentile, 5x5 max-pool."""
+    pipeline: Literal["refine", "decoder", "classic"] = "refine"
+    """refine: layer maps seed GrabCut. decoder: one forward pass; trained at its first use, on refine's masks of the
+    run's training pictures. classic: input gradient, 80th percentile, 5x5 max-pool."""
+    format: Literal["png", "coco", "geojson", "voc"] = "png"
+    """png: 0/255. coco: one coco.json. geojson: one a picture. voc: palette PNG and XML. Boxes are in boxes.csv."""
+    cutouts: bool = False
+    """Also write the objects alone, transparent elsewhere, into OUT/cutouts."""
+    calibrate: int = 0
+    """Choose method and threshold on so many of the true masks, and score the others; 0: no mask is looked at."""
+    retrain: bool = False
+    """Train the decoder anew."""
     method: str | None = None
     """Another method than the recipe's."""
     layers: str | None = None
@@ -366,13 +375,44 @@ class SegmentConfig(Source):
     fit: Fit | None = None
     """How a picture meets the size. Default: as the model was trained, else squash."""
     baselines: bool = True
-    """Score the baselines beside it: everything, a centre Gaussian, GrabCut without a network, an untrained network."""
-    batch_size: int = 64
+    """Score the baselines beside it: everything, a centre Gaussian, an edge map, GrabCut alone, an untrained net."""
+    batch_size: int = 32
     """Pictures a step."""
+    devices: int = 1
+    """Processes on this machine, each with its part of the pictures (torchrun and SLURM are found by themselves)."""
+    nodes: int = 1
+    """Machines, which share OUT."""
     seed: int = 0
     """Of the intervals and of the untrained network."""
+    resume: bool = False
+    """Go on with what a stopped call left in OUT."""
     overwrite: bool = False
     """Replace what OUT holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(Common):
+    """Write MODEL as an ONNX file that holds its preprocessing, and check that onnxruntime says what torch says.
+
+    Example: clearwing export runs/photos --out photos.onnx
+    """
+
+    model: Positional[str]
+    """A RUN, torchvision:NAME, timm:NAME, a weights file, or file.py:factory."""
+    out: str
+    """The .onnx file to write."""
+    decoder: Literal["auto", "yes", "no"] = "auto"
+    """Also give masks, by the RUN's decoder. auto: where it has one."""
+    size: int | None = None
+    """Side of the network's input, where the model does not know it."""
+    fit: Fit | None = None
+    """How a picture meets the size, for whoever reads the file. Default: as the model was trained, else squash."""
+    classes: str | None = None
+    """Class names, where the model does not know them: a list or a file."""
+    opset: int = 18
+    """Version of ONNX's operators, 18 to 23."""
+    overwrite: bool = False
+    """Replace OUT."""
 
 
 @dataclass(frozen=True, kw_only=True)

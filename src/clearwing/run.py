@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from clearwing.models.classifier import Classifier
+from clearwing.models.decoder import Decoder, Segmenter
 from clearwing.models.zoo import build
 from clearwing.types import ClearwingError, atomic_path
 
 WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}
-_FILES = ("config.json", "classes.json", "metrics.jsonl", "state.pt", "plan.json", "predictions.csv")
+DECODER = "decoder.safetensors"
+_FILES = (DECODER, "config.json", "classes.json", "metrics.jsonl", "state.pt", "plan.json", "predictions.csv")
 _PAGES = ("report.html", "compare.html")
 _FOLDERS = {
     "evaluation": ("*.json", "*.csv"),
@@ -136,6 +138,40 @@ class Run:
         held = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         with atomic_path(self.file(WEIGHTS[weights])) as temporary:
             temporary.write_bytes(save(held, metadata={"format": "pt"}))
+
+    def save_decoder(self, segmenter: Segmenter, about: Mapping[str, Any]) -> None:
+        """Write the decoder alone, with `about` (plain values: what it was taught, by which weights)."""
+        held = {name: value.detach().cpu().contiguous() for name, value in segmenter.decoder.state_dict().items()}
+        made = {"layers": segmenter.layers, "channels": segmenter.decoder.channels, "width": segmenter.decoder.width}
+        with atomic_path(self.file(DECODER)) as temporary:
+            temporary.write_bytes(save(held, metadata={"made": json.dumps(made), "about": json.dumps(plain(about))}))
+
+    def decoder_about(self) -> dict[str, Any] | None:
+        """What `save_decoder` was told of the decoder; None where the run has none."""
+        path = self.file(DECODER)
+        return self._decoder_metadata("about") if path.is_file() else None
+
+    def load_segmenter(self, weights: str = "last") -> Segmenter:
+        """The network with its decoder, in eval mode on the CPU; ClearwingError where there is none."""
+        path = self.file(DECODER)
+        if not path.is_file():
+            raise ClearwingError(
+                "run", path, "has no decoder; clearwing segment RUN DATA --pipeline decoder trains one"
+            )
+        made = self._decoder_metadata("made")
+        with torch.random.fork_rng(devices=[]):
+            decoder = Decoder(made["channels"], made["width"])
+        decoder.load_state_dict(load_file(path))
+        segmenter = Segmenter(self.load_model(weights), decoder, made["layers"])
+        return segmenter.to(memory_format=torch.channels_last).eval()
+
+    def _decoder_metadata(self, key: str) -> dict[str, Any]:
+        path = self.file(DECODER)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                return json.loads((file.metadata() or {})[key])
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ClearwingError("run", path, f"is no decoder that clearwing wrote ({error}); delete it") from error
 
     def write_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
         write_text(self.file("metrics.jsonl"), "".join(json.dumps(plain(row)) + "\n" for row in rows))

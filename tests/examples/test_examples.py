@@ -98,15 +98,15 @@ def test_evaluate_unlabelled_pictures(script, capsys, tmp_path, checkpoint, flat
 def test_evaluate_prints_the_accuracy_where_labels_are_known(script, capsys, tmp_path, checkpoint, photos):
     main, weights = script("evaluate"), str(checkpoint / "resnet_model.pth")
     seen = {}
-    for recipe in ("classic", "default"):
-        assert main([weights, str(photos / "val"), "--out", str(tmp_path / recipe), "--recipe", recipe]) == 0
-        rows = table(tmp_path / recipe / "submission.csv")[1:]
+    for pipeline in ("classic", "refine"):
+        assert main([weights, str(photos / "val"), "--out", str(tmp_path / pipeline), "--pipeline", pipeline]) == 0
+        rows = table(tmp_path / pipeline / "submission.csv")[1:]
         right = sum(name.split("/")[0] == label for name, label in rows)
         assert len(rows) == 6
         assert f"accuracy {right / 6:.1%} (95 % interval" in capsys.readouterr().out
-        seen[recipe] = {p.name: p.read_bytes() for p in (tmp_path / recipe / "seg_maps").rglob("*.png")}
-    assert seen["classic"].keys() == seen["default"].keys()
-    assert seen["classic"] != seen["default"]
+        seen[pipeline] = {p.name: p.read_bytes() for p in (tmp_path / pipeline / "seg_maps").rglob("*.png")}
+    assert seen["classic"].keys() == seen["refine"].keys()
+    assert seen["classic"] != seen["refine"]
 
 
 def test_evaluate_needs_the_two_files_alone_and_labels_can_be_left_unread(script, capsys, tmp_path, checkpoint, flat):

@@ -1,4 +1,4 @@
-"""The door from explanation to masks, its recipes and the baselines."""
+"""The door from explanation to masks, its recipes, and the vote of several of them."""
 
 import json
 import math
@@ -9,10 +9,13 @@ import pytest
 import torch
 from scipy import ndimage
 
-from clearwing.masks.baselines import centre_box, centre_gaussian, everything
-from clearwing.masks.pipeline import RECIPES, Recipe, fuse, segment, segment_with
-from clearwing.masks.refine import blur
+from clearwing.masks.pipeline import RECIPES, VOTERS, Recipe, fuse, resized, segment, segment_with, vote
+from clearwing.masks.refine import blur, clean, grabcut, seeds
+from clearwing.masks.threshold import binarize
 from clearwing.types import Batch, ClearwingError, Explanation
+
+ONE = replace(RECIPES["refine"], layers=1, weights=(1.0,))
+"""The recipe on one map; no test may know the recipes' numbers, which are measured and change."""
 
 
 def scene(n=3, size=48, seed=0):
@@ -67,7 +70,7 @@ def test_without_refinement_the_threshold_alone_remains():
     maps = rough(truth)
     assert min(overlap(segment(maps, images, threshold="max:0.5", refine=None).bool(), truth)) > 0.6
     assert torch.equal(segment(maps, images, refine=None), segment(maps, images, "otsu", refine="none"))
-    raw = replace(RECIPES["default"], weights=(1.0,), blur=0, threshold=0.5, refine="none", keep=0, fill=False)
+    raw = replace(ONE, blur=0, threshold=0.5, pool=1, refine="none", keep=0, fill=False)
     assert torch.equal(segment_with(raw, maps, images).masks.bool(), maps > 0.5)
 
 
@@ -92,19 +95,29 @@ def test_two_layers_are_joined_by_their_own_maxima():
     )  # nowhere positive: adds nothing
 
 
-def test_the_default_takes_a_dict_of_two_layers():
+def test_refine_takes_a_dict_of_its_layers():
     images, truth = scene()
-    good, noise = rough(truth), torch.rand(3, 48, 48, generator=torch.Generator().manual_seed(0))
-    both = {
-        "layer-cam@layer2": explanation(good[:, None]),
-        "layer-cam@layer3": explanation(50 * noise[:, None], layer="layer3"),
+    recipe = RECIPES["refine"]
+    maps = [rough(truth), *torch.rand(len(recipe.weights) - 1, 3, 48, 48, generator=torch.Generator().manual_seed(0))]
+    layers = [f"layer{i + 1}" for i in range(len(maps))]
+    given = {
+        f"layer-cam@{layer}": explanation(50**i * m[:, None], layer=layer)
+        for i, (layer, m) in enumerate(zip(layers, maps, strict=True))
     }
-    result = segment_with("default", both, images)
-    assert result.how["maps"] == ["layer-cam@layer2", "layer-cam@layer3"]
-    assert torch.equal(result.masks, segment(list(both.values()), images))
+    result = segment_with("refine", given, images)
+    assert result.how["maps"] == list(given)
+    assert torch.equal(result.masks, segment(list(given.values()), images))
     json.dumps(result.how)
-    with pytest.raises(ClearwingError, match="explanation: 1 maps; give 2"):
-        segment_with("default", good, images)
+    with pytest.raises(ClearwingError, match=f"explanation: {len(maps) + 1} maps; give {len(maps)}"):
+        segment_with("refine", [*given.values(), maps[0]], images)
+
+
+def test_the_door_weighs_as_many_maps_as_it_is_given_alike():
+    images, truth = scene()
+    maps = [rough(truth), 9 * rough(truth.roll(4, 2)), rough(truth.roll(-4, 1)), rough(truth).square()]
+    assert len(maps) != len(RECIPES["refine"].weights)
+    alike = replace(RECIPES["refine"], weights=(1.0,) * 4)
+    assert torch.equal(segment(maps, images), segment_with(alike, maps, images).masks)
 
 
 def test_the_asked_class_is_chosen():
@@ -121,7 +134,7 @@ def test_maps_without_evidence_are_empty_and_counted():
     images, truth = scene(n=3)
     maps = rough(truth)
     maps[0], maps[1, 5, 5] = 0, math.nan
-    for recipe in (replace(RECIPES["default"], weights=(1.0,)), RECIPES["classic"]):
+    for recipe in (ONE, RECIPES["classic"]):
         result = segment_with(recipe, maps, images)
         assert result.empty.tolist() == [True, True, False]
         assert result.masks.any(2).any(1).tolist() == [False, False, True]
@@ -132,9 +145,9 @@ def test_a_failed_refinement_is_counted_and_the_threshold_stands_in():
     images = torch.full((1, 3, 32, 32), 0.5)
     maps = torch.zeros(1, 32, 32)
     maps[0, 10:20, 10:20] = 1 + torch.rand(10, 10, generator=torch.Generator().manual_seed(0))
-    result = segment_with(replace(RECIPES["default"], weights=(1.0,)), maps, images)
+    result = segment_with(ONE, maps, images)
     assert result.fell_back.tolist() == [True]
-    assert torch.equal(result.masks, segment(maps, images, RECIPES["default"].threshold, refine=None))
+    assert torch.equal(result.masks, segment(maps, images, ONE.threshold, refine=None))
 
 
 @pytest.mark.parametrize(
@@ -165,24 +178,90 @@ def test_wrong_arguments_are_refused():
         segment(maps[:, None], images)
 
 
-def test_baselines():
-    images, truth = scene(n=2)
-    assert everything(images).all()
-    assert everything(images).shape == (2, 48, 48)
+# Pictures of another size than the maps.
 
-    bump = centre_gaussian(torch.zeros(2, 3, 20, 40))
-    assert bump.shape == (2, 20, 40)
-    torch.testing.assert_close(bump, bump.flip(1, 2))
-    # the standard deviation is 10 of the 40 columns; the centres of columns 30 and 20 lie 10.5 and 0.5 from the middle
-    torch.testing.assert_close(bump[0, 9, 30] / bump[0, 9, 20], torch.tensor(math.exp(-(10.5**2 - 0.5**2) / 200)))
-    area = segment_with("classic", bump, torch.zeros(2, 3, 20, 40)).masks.float().mean()
-    assert 0.2 < area < 0.4
+PLAIN = Recipe(method="layer-cam", threshold="mean", refine="grabcut", sure_background=0.2, iterations=2)
 
-    masks, fell_back = centre_box(images)
-    assert not fell_back.any()
-    assert min(overlap(masks, truth)) > 0.9
-    with pytest.raises(ClearwingError, match=r"share: 1\.5"):
-        centre_box(images, 1.5)
+
+def test_finer_pictures_than_the_maps_are_cut_at_their_own_size():
+    images, truth = scene(size=96)
+    maps = rough(truth)[:, ::2, ::2]  # what a network of 48 pixels gives
+    recipe = replace(PLAIN, blur=0.05, sure_foreground=0.9, keep=0.5, fill=True)
+    result = segment_with(recipe, maps, images)
+    assert result.masks.shape == truth.shape
+    assert min(overlap(result.masks.bool(), truth)) > 0.95
+
+    fine = blur(resized(maps, (96, 96)), 0.05 * 96)  # step by step
+    codes = seeds(fine, binarize(fine, "mean"), sure_foreground=0.9, sure_background=0.2)
+    masks, _ = grabcut(images, codes, iterations=2)
+    expected = clean(masks, fine, share=0.5, fill=True)
+    assert torch.equal(result.masks.bool(), expected)
+
+
+def test_without_grabcut_the_maps_are_enlarged_before_the_threshold():
+    images, truth = scene(size=96)
+    maps = rough(truth)[:, ::2, ::2]
+    recipe = replace(PLAIN, refine="none")
+    enlarged = torch.nn.functional.interpolate(maps[:, None], (96, 96), mode="bilinear")[:, 0]
+    assert torch.equal(segment_with(recipe, maps, images).masks.bool(), binarize(enlarged, "mean"))
+
+
+def test_a_batch_of_finer_pictures_equals_one_by_one():
+    images, truth = scene(size=96)
+    maps = rough(truth)[:, ::2, ::2]
+    alone = [segment_with(PLAIN, maps[i : i + 1], images[i : i + 1]).masks for i in range(3)]
+    assert torch.equal(torch.cat(alone), segment_with(PLAIN, maps, images).masks)
+
+
+def test_maps_change_their_size_as_pictures_do():
+    maps = torch.rand(2, 12, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(resized(maps, (12, 8)), maps)
+    torch.testing.assert_close(resized(maps, (24, 16)).mean(), maps.mean(), rtol=0.05, atol=0)
+    step = torch.zeros(1, 12, 8)
+    step[:, 5] = 1.0  # a line that every third row misses
+    torch.testing.assert_close(resized(step, (4, 4)).mean(), step.mean(), rtol=0.1, atol=0)
+
+
+def test_the_side_to_refine_at():
+    assert [replace(PLAIN, finest=256).side(size) for size in (32, 128, 200, 300)] == [64, 256, 256, 300]
+    assert PLAIN.side(128) == 128
+
+
+# The vote.
+
+
+def test_the_vote_counts_shares_and_agreement():
+    masks = torch.zeros(3, 2, 1, 4, dtype=torch.uint8)
+    masks[0, 0, 0] = torch.tensor([1, 1, 0, 0])
+    masks[1, 0, 0] = torch.tensor([1, 0, 0, 0])
+    masks[2, 0, 0] = torch.tensor([1, 1, 1, 0])
+    share, agreement = vote(list(masks))
+    assert share.dtype == torch.float32
+    torch.testing.assert_close(share[0, 0], torch.tensor([1, 2 / 3, 1 / 3, 0]))
+    # IoU of the pairs: 1/2, 2/3 and 1/3; of the second picture, all empty, 1
+    torch.testing.assert_close(agreement, torch.tensor([0.5, 1.0]))
+    assert not share[1].any()
+
+
+def test_an_empty_mask_disagrees_with_another():
+    full, empty = torch.ones(1, 2, 2, dtype=torch.bool), torch.zeros(1, 2, 2, dtype=torch.bool)
+    assert vote([full, empty])[1].tolist() == [0]
+    assert vote([full, full])[1].tolist() == [1]
+
+
+def test_a_vote_needs_two_of_the_same_size():
+    mask = torch.ones(1, 2, 2, dtype=torch.bool)
+    for masks in ([mask], [mask, torch.ones(1, 2, 3, dtype=torch.bool)]):
+        with pytest.raises(ClearwingError, match=r"masks: .* give two or more of the same size"):
+            vote(masks)
+
+
+def test_the_voters_differ_and_fit_the_refinement():
+    assert len(set(VOTERS)) == len(VOTERS) >= 2
+    assert {(voter.average, voter.finest, voter.target, voter.refine) for voter in VOTERS} == {
+        (VOTERS[0].average, RECIPES["refine"].finest, "pred", "grabcut")
+    }  # their maps are asked for together
+    assert all(voter.layers == len(voter.weights) for voter in VOTERS)
 
 
 def test_a_recipe_is_a_value():

@@ -1,5 +1,6 @@
-"""Blur and dilation against SciPy, seeds, GrabCut and its fallback, the clean-up."""
+"""Blur and dilation against SciPy, seeds, GrabCut at one size and two and its fallback, the clean-up."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -100,6 +101,61 @@ def test_a_batch_equals_one_by_one_in_any_order_and_number_of_threads():
     assert torch.equal(grabcut(images.flip(0), codes.flip(0))[0].flip(0), whole)
 
 
+# Pictures that are finer than the codes.
+
+
+def uint8(images):
+    return (images * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def test_a_small_picture_gets_opencvs_own_cut():
+    images, truth = scene()
+    codes = seeds(rough(truth), truth, sure_foreground=0.95, sure_background=0.4)
+    masks, _ = grabcut(images, codes, iterations=2)
+    for i, picture in enumerate(uint8(images)):
+        expected, background, foreground = codes[i].numpy().copy(), np.zeros((1, 65)), np.zeros((1, 65))
+        cv2.setRNGSeed(0)
+        cv2.grabCut(picture, expected, None, background, foreground, 2, cv2.GC_INIT_WITH_MASK)
+        assert (masks[i].numpy() == (expected & 1).astype(bool)).all()
+
+
+def test_the_colours_of_a_large_picture_are_guessed_on_a_small_copy_and_fitted_to_all_pixels():
+    images, truth = scene(size=96)
+    codes = seeds(rough(truth), truth, sure_foreground=0.95, sure_background=0.4)
+    masks, fell_back = grabcut(images, codes, colours=24)
+    assert not fell_back.any()
+    assert min(overlap(masks, truth)) > 0.97
+    for i, picture in enumerate(uint8(images)):
+        small = cv2.resize(picture, (24, 24), interpolation=cv2.INTER_AREA)
+        guess = cv2.resize(codes[i].numpy(), (24, 24), interpolation=cv2.INTER_NEAREST)
+        expected, models = codes[i].numpy().copy(), (np.zeros((1, 65)), np.zeros((1, 65)))
+        cv2.setRNGSeed(0)
+        cv2.grabCut(small, guess, None, *models, 0, cv2.GC_INIT_WITH_MASK)
+        cv2.grabCut(picture, expected, None, *models, 1, cv2.GC_EVAL)
+        assert (masks[i].numpy() == (expected & 1).astype(bool)).all()
+
+
+def test_seeds_that_the_small_copy_loses_are_guessed_from_on_the_picture_itself():
+    images, truth = scene(n=1, size=96)
+    codes = torch.full(truth.shape, refine.SURE_BACKGROUND, dtype=torch.uint8)
+    codes[truth] = refine.PROBABLE_BACKGROUND
+    codes[0, 40:52, 40:52] = refine.PROBABLE_FOREGROUND  # 144 pixels: four at a sixth of the size, which is too few
+    masks, fell_back = grabcut(images, codes, colours=16)
+    assert not fell_back.any()
+    assert torch.equal(masks, grabcut(images, codes, colours=96)[0])
+
+
+def test_a_batch_of_large_pictures_equals_one_by_one():
+    images = torch.rand(5, 3, 53, 70, generator=torch.Generator().manual_seed(1))
+    maps = blur(torch.rand(5, 53, 70, generator=torch.Generator().manual_seed(2)), 3)
+    codes = seeds(maps, percentile(maps, 70), sure_foreground=0.95, sure_background=0.2)
+    whole, fell_back = grabcut(images, codes, colours=20, workers=3)
+    assert not fell_back.any()
+    alone = torch.cat([grabcut(images[i : i + 1], codes[i : i + 1], colours=20, workers=1)[0] for i in range(5)])
+    assert torch.equal(whole, alone)
+    assert torch.equal(grabcut(images.flip(0), codes.flip(0), colours=20)[0].flip(0), whole)
+
+
 def test_the_arguments_stay_as_they_were():
     images, truth = scene(n=1)
     codes = seeds(rough(truth), truth, sure_foreground=0.95, sure_background=0.4)
@@ -158,6 +214,7 @@ def test_clean_keeps_everything_where_the_map_supports_nothing():
     ("images", "message"),
     [
         (torch.rand(1, 3, 8, 9), r"images: \(1, 3, 8, 9\); give as many and as large as the maps, \(1, 8, 8\)"),
+        (torch.rand(2, 3, 8, 8), "give as many and as large as the maps"),
         (torch.rand(1, 2, 8, 8), "one or three channels"),
         (torch.rand(1, 3, 8, 8) * 255, r"images: values .* give pictures in \[0, 1\]"),
         (torch.full((1, 3, 8, 8), torch.nan), r"images: values nan"),

@@ -145,7 +145,7 @@ def test_nothing_overflows_the_window(visit, address, width):
 def test_every_picture_is_decoded(visit, address):
     page = visit(address)
     assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
-    assert page.locator("img").count() == 33
+    assert page.locator("img").count() == 33 + 2 + 6 + 3
 
 
 def test_a_picture_opens_moves_on_and_closes(visit, address):

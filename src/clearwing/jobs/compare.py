@@ -93,8 +93,10 @@ def command(config: ReportConfig) -> str:
 
 
 def is_run(name: str | None) -> bool:
-    """Whether this is a folder that clearwing train wrote."""
-    return name is not None and all(Path(name, file).is_file() for file in ("config.json", "classes.json"))
+    """Whether this is a folder that clearwing train wrote; `demo` and the like are data, such a folder is `./demo`."""
+    if name is None or name in BUILT_IN:
+        return False
+    return all(Path(name, file).is_file() for file in ("config.json", "classes.json"))
 
 
 def is_comparison(config: ReportConfig) -> bool:
@@ -183,7 +185,7 @@ def figures(run: Run, name: str, progress: Progress) -> dict[str, Any]:
             if fresh(run, result)
         },
         "masks": {
-            f"{part.result['split']}, {part.recipe}": {
+            f"{part.result['split']}, {part.name}": {
                 "mean_iou": part.result["mean_iou"],
                 "ci95": part.result["ci95"],
                 "n": part.result["n"],

@@ -40,19 +40,19 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         return trained
     scored = evaluate(EvaluateConfig(run=config.out, data="demo", split="test", **common))
     masks = {
-        recipe: segment(
+        pipeline: segment(
             SegmentConfig(
                 run=config.out,
                 data="demo",
                 split="test",
-                recipe=recipe,
-                out=f"{config.out}/masks/{recipe}",
-                baselines=recipe == "default",
+                pipeline=pipeline,
+                out=f"{config.out}/masks/{pipeline}",
+                baselines=pipeline == "refine",
                 overwrite=config.overwrite,
                 **common,
             )
         )
-        for recipe in ("default", "classic")
+        for pipeline in ("refine", "classic")
     }
     written = report(ReportConfig(run=config.out, data="demo", split="test", **common))
     seconds = time.monotonic() - began
@@ -61,16 +61,16 @@ def demo(config: DemoConfig) -> dict[str, Any]:
         "seconds": seconds,
         "accuracy": scored["json"]["accuracy"],
         "ci95": scored["json"]["ci95"],
-        "mean_iou": masks["default"]["json"]["mean_iou"],
+        "mean_iou": masks["refine"]["json"]["mean_iou"],
         "classic_mean_iou": masks["classic"]["json"]["mean_iou"],
-        "baselines": masks["default"]["json"]["baselines"],
-        "differences": masks["default"]["json"]["differences"],
+        "baselines": masks["refine"]["json"]["baselines"],
+        "differences": masks["refine"]["json"]["differences"],
         "report": written["json"]["report"],
         "skipped": 0,
     }
     text = [
         scored["text"].splitlines()[0],
-        *masks["default"]["text"].splitlines()[1:-1],
+        *masks["refine"]["text"].splitlines()[1:-1],
         f"  {'classic recipe':<20}{result['classic_mean_iou']:.3f}",
         f"done in {seconds:.0f} s; open {written['json']['report']}",
     ]

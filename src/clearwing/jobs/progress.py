@@ -41,15 +41,18 @@ class Progress:
         if not self.quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
-    def task(self, name: str) -> Callable[[float, float], None]:
-        """A bar for one piece of work: call it with (done, total)."""
+    def task(self, name: str, *, rate: bool = False) -> Callable[[float, float], None]:
+        """A bar for one piece of work: call it with (done, total). With `rate`, it says how many pictures a second."""
         task: TaskID | None = None
+        began = time.monotonic()
 
         def tell(done: float, total: float) -> None:
             nonlocal task
             if task is None:
                 task = self.bars.add_task(name, total=total, note="")
-            self.bars.update(task, completed=done, total=total, visible=done < total)
+            seconds = max(time.monotonic() - began, 1e-9)
+            note = f"{done / seconds:.0f} pictures/s  {clock_time(seconds * (total - done) / max(done, 1))} left"
+            self.bars.update(task, completed=done, total=total, visible=done < total, note=note if rate else "")
 
         return tell
 

@@ -1,103 +1,330 @@
-"""The job `segment`: masks of a split in the pictures' own size, scored beside baselines where true masks are known."""
+"""The job `segment`: masks of a split in the pictures' own size, scored beside baselines where true masks are known.
+
+Pictures are read, segmented and written a block at a time, each process its own, so that memory does not grow with
+their number; the manifest says what is done, and `segmentation.json` is made from it at the end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+import hashlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from clearwing.attribution.layers import find_layer
-from clearwing.attribution.methods import METHODS, explain
-from clearwing.attribution.trace import record
-from clearwing.config import SegmentConfig
-from clearwing.data.loader import Pictures
-from clearwing.data.preprocess import read_mask, restore
-from clearwing.data.sources import ALL, Dataset, open_data
+from clearwing.attribution.methods import METHODS
+from clearwing.config import SegmentConfig, as_json
+from clearwing.data.loader import Pictures, load_pictures, made_ahead
+from clearwing.data.preprocess import read_mask, read_picture, restore
+from clearwing.data.sources import ALL, Dataset, Sample, open_data
 from clearwing.jobs import inputs
+from clearwing.jobs.calibrate import calibrated, held_out
+from clearwing.jobs.decoder import decoder_of
+from clearwing.jobs.manifest import Manifest
+from clearwing.jobs.maskers import DecoderMasker, Masked, Masker, NetworkMasker, fitted, rivals
 from clearwing.jobs.progress import Progress
-from clearwing.masks import baselines
-from clearwing.masks.pipeline import RECIPES, Recipe, Segmentation, segment_with
-from clearwing.masks.refine import dilate
+from clearwing.jobs.tally import Tally, curve_sums, scores_of
+from clearwing.masks import formats
+from clearwing.masks.pipeline import RECIPES, Recipe
 from clearwing.masks.threshold import binarize
-from clearwing.measure.overlap import bootstrap_interval, iou
-from clearwing.run import Run, free_folder, plain, write_json
+from clearwing.run import DECODER, Run, check_free, make_folder, plain, write_json, write_text
 from clearwing.settings import class_list, comma_list
-from clearwing.show.draw import save_png
-from clearwing.types import Batch, ClearwingError, near
-
-Masker = Callable[[Batch, Batch], Tensor]
-"""Pictures as the network takes them, and as fine as they are refined, to masks (N, H, W) at the finer size."""
+from clearwing.show.draw import save_png, to_rgb
+from clearwing.train.collectives import one_fails_all_stop, share
+from clearwing.train.devices import check_devices, is_child, is_first, make_fabric
+from clearwing.train.processes import in_processes
+from clearwing.types import Batch, ClearwingError, atomic_path, near
 
 OPTIONS = ("method", "layers", "threshold", "refine")
 """What a command may replace of its recipe."""
+ONCE = ("out", "resume", "overwrite", "json", "devices", "nodes", "device", "batch_size", "retrain")
+"""Settings that say nothing about the masks: a resumed run may have others."""
+VOC_CLASSES = 254
+"""What a palette PNG holds beside background and void."""
 
 
 def segment(config: SegmentConfig) -> dict[str, Any]:
-    """Segment a split; returns what the command prints."""
+    """Segment a split; returns what the command prints (of several processes, the first one's)."""
     recipe = chosen_recipe(config)
+    if config.batch_size < 1:
+        raise ClearwingError("--batch-size", config.batch_size, "give at least 1 picture")
     loaded = inputs.open_model(config.run, size=config.size, fit=config.fit)
+    if config.pipeline == "decoder" and loaded.run is None:
+        raise ClearwingError("--pipeline", "decoder", "is trained for a RUN; give one, or take refine")
+    if config.format == "voc" and len(loaded.model.class_names) > VOC_CLASSES:
+        raise ClearwingError("--format", "voc", f"holds {VOC_CLASSES} classes at most; take another")
     dataset = open_samples(config, loaded.run)
-    samples = inputs.split_of(dataset, config.split)
+    samples = inputs.limited(inputs.split_of(dataset, config.split), config.limit)
     if config.masks is not None and not any(sample.mask is not None for sample in samples):
         raise ClearwingError(
             "--masks", config.masks, f"holds no mask of the {len(samples)} pictures; mirror their folders"
         )
-    device = inputs.pick_device(config.device)
+    held = held_out(config, samples)
+    suffix = ".geojson" if config.format == "geojson" else ".png"
+    files = inputs.result_paths([sample.key for sample in samples], suffix)
+    written = [*map(cutout_file, files.values())] if config.cutouts else []
+    written += [mask_file(config.format, file) for file in files.values()]
+    inputs.keep_sources(config.out, written, inputs.split_of(dataset, ALL))
+    check_output(config)
+    if not is_child():
+        check_devices(config.device, config.devices)
+        if config.devices > 1 or config.nodes > 1:
+            if config.nodes == 1:  # a decoder is trained here, for the processes would wait for one of them
+                with Progress(config.json) as progress:
+                    begin(config, loaded.run, progress)
+                config = replace(config, retrain=False)
+            result = in_processes(segment, config, devices=config.devices, nodes=config.nodes)
+            return result or {"exit_code": 0}
+    fabric = make_fabric(config.device, "float32", devices=config.devices, nodes=config.nodes)
+    with one_fails_all_stop(fabric), Progress(config.json or not fabric.is_global_zero) as progress:
+        out, rank, world = Path(config.out), fabric.global_rank, fabric.world_size
+        if fabric.is_global_zero:
+            begin(config, loaded.run, progress)
+        fabric.barrier()
+        manifest = Manifest(out, settings_of(config, loaded.run), rank)
+        done = {record["key"] for block in manifest.blocks() for record in block["pictures"]}
+        if done:
+            progress.say(f"going on: {len(done)} of {len(samples)} pictures are done")
+        prepared = prepare(config, recipe, loaded, samples, fabric.device, progress)
+        left = [s for s in samples if s.key not in done and s.key not in held]
+        fabric.barrier()  # all have read what was done before one adds to it
+        mine = [left[i] for i in share(len(left), rank, world)]
+        work = Work(config, prepared, loaded, files, manifest, fabric.device, progress, dataset.class_names)
+        work.run(mine)
+        fabric.barrier()
+        if not fabric.is_global_zero:
+            return {"exit_code": 0}
+    return finished(config, prepared, loaded, dataset, manifest, files, work)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How this call makes masks."""
+
+    masker: Masker
+    rivals: dict[str, Masker]
+    side: int  # of the pictures that are refined
+    threshold: dict[str, Any]
+    calibration: int = 0  # masks that were used to choose
+    cut: float = 0.5  # of probabilities
+
+
+def prepare(
+    config: SegmentConfig,
+    recipe: Recipe,
+    loaded: inputs.Loaded,
+    samples: Sequence[Sample],
+    device: torch.device,
+    progress: Progress,
+) -> Prepared:
+    """The masker, its rivals where there is something to score, and what calibration chose."""
     model = loaded.model.to(device)
-    with Progress(config.json) as progress:
-        pictures = inputs.load_for(loaded, samples, config.limit, progress)
-        fine = pictures
-        if recipe.detail > 1:
-            # Refinement works on the colours and edges of the picture, so it is given more of them than the network.
-            finer = replace(loaded, size=loaded.size * recipe.detail)
-            fine = inputs.load_for(finer, samples, config.limit, progress)
-        files = inputs.result_paths(pictures.keys, ".png")
-        inputs.keep_sources(config.out, files.values(), inputs.split_of(dataset, ALL))
-        out = free_folder(config.out, config.overwrite)
-        skipped = inputs.told_skipped(pictures, progress)
-        layers = comma_list(config.layers) or deepest_stages(model, pictures, recipe.layers, device)
-        truths, unscored = read_truths(pictures, progress)
-        segmenter = NetworkMasker(model, recipe, layers)
-        rivals = {}
-        if config.baselines and any(truth is not None for truth in truths):
-            rivals = baseline_maskers(loaded.run, recipe, layers, device, config.seed)
-        scores = run_maskers(pictures, fine, truths, segmenter, rivals, out, files, device, config.batch_size, progress)
-    threshold = {"how": recipe.threshold, "value": threshold_value(recipe), "layers": layers, "recipe": segmenter.how}
-    counts = {"fell_back": segmenter.fell_back, "no_evidence": segmenter.empty}
-    result = summarise(scores, config.seed) | {
-        "data": inputs.full_name(config.data),
-        "split": inputs.split_name(dataset, config.split),
-        "recipe": config.recipe + (" (changed)" if changed(config, recipe) else ""),
-        "options": {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None},
-        "n": len(pictures),
-        "files": {key: str(path) for key, path in files.items()},
-        "threshold": threshold,
-        "masks_used_for_calibration": False,
-        "unscored": unscored,
-        "skipped": len(skipped),
-        "skipped_pictures": skipped,
-        "notes": list(dataset.notes),
-        **counts,
-    }
-    if loaded.run is not None:
-        result["weights_sha256"] = inputs.weights_hash(loaded.run)
-        result["notes"] += inputs.split_notes(dataset, config.split, loaded.run, config.data)
-    write_json(out / "segmentation.json", result)
-    return {"json": plain(result), "text": told(result, out)}
+    one = some_picture(loaded, samples).to(device)
+    layers = comma_list(config.layers)
+    if not layers:
+        recipe, layers = fitted(recipe, model, one)
+    chosen: dict[str, Any] = {}
+    cut = 0.5
+    if config.calibrate:
+        recipe, layers, cut, chosen = calibrated(config, recipe, layers, loaded, samples, device, progress)
+    masker: Masker
+    if config.pipeline == "decoder" and loaded.run is not None:
+        segmenter = loaded.run.load_segmenter().to(device)
+        precise = make_fabric(config.device)
+        masker = DecoderMasker(segmenter, precise.autocast, cut)
+        threshold: dict[str, Any] = {"how": "probability", "value": cut, "layers": list(segmenter.layers)}
+        threshold["decoder"] = loaded.run.decoder_about()
+    else:
+        masker = NetworkMasker(model, recipe, layers)
+        threshold = {"how": recipe.threshold, "value": threshold_value(recipe), "layers": layers}
+    threshold |= {"recipe": plain(vars(recipe)) | {"maps": [f"{recipe.method}@{x}" for x in layers] or [recipe.method]}}
+    threshold |= {"chosen_on": chosen} if chosen else {}
+    against: dict[str, Masker] = {}
+    if config.baselines and any(sample.mask is not None for sample in samples):
+        against = rivals(untrained(loaded.run, config.seed, device), recipe, layers)
+    side = loaded.size if config.pipeline == "decoder" and not against else recipe.side(loaded.size)
+    return Prepared(masker, against, side, threshold, chosen.get("masks", 0), cut)
+
+
+class Work:
+    """What one process does: its pictures, a block at a time."""
+
+    def __init__(
+        self,
+        config: SegmentConfig,
+        prepared: Prepared,
+        loaded: inputs.Loaded,
+        files: dict[str, Path],
+        manifest: Manifest,
+        device: torch.device,
+        progress: Progress,
+        label_names: tuple[str, ...],
+    ) -> None:
+        self.config, self.prepared, self.loaded, self.files = config, prepared, loaded, files
+        self.manifest, self.device, self.progress = manifest, device, progress
+        self.out, self.seconds, self.pictures = Path(config.out), 0.0, 0
+        self.names = tuple(loaded.model.class_names)
+        self.label_names = label_names
+
+    def run(self, samples: Sequence[Sample]) -> None:
+        """Segment the samples; what is done is in the manifest even where this is killed."""
+        told, began, size = self.progress.task("segmenting", rate=True), time.monotonic(), self.config.batch_size
+        blocks = (samples[start : start + size] for start in range(0, len(samples), size))
+        done = 0
+        for pictures, fine in made_ahead(self.read(blocks), 1):
+            self.manifest.add(self.block(pictures, fine))
+            done += len(pictures) + len(pictures.skipped)
+            told(done, len(samples))
+        self.seconds, self.pictures = time.monotonic() - began, done
+
+    def read(self, blocks: Iterable[Sequence[Sample]]) -> Iterator[tuple[Pictures, Pictures]]:
+        """The pictures of each block as the network takes them and as they are refined.
+
+        In one thread beside the work: it is done sooner than the work is, and more would take the cores from it.
+        """
+        size, side = self.loaded.size, self.prepared.side
+        common: dict[str, Any] = {"fit": self.loaded.fit, "channels": self.loaded.channels, "workers": 1}
+        for block in blocks:
+            pictures = load_pictures(block, size, empty=True, **common)
+            same = side == size or not len(pictures)
+            yield pictures, pictures if same else load_pictures(pictures.samples, side, **common)
+
+    def block(self, pictures: Pictures, fine: Pictures) -> dict[str, Any]:
+        """Make, write and score the masks of one block: its line in the manifest."""
+        skipped = [{"key": key, "skipped": why} for key, why in inputs.told_skipped(pictures, self.progress)]
+        if not len(pictures):
+            return {"pictures": skipped}
+        batch, finer = (next(p.batches(len(pictures), device=self.device)) for p in (pictures, fine))
+        truths, unscored = read_truths(pictures, self.progress)
+        made = self.prepared.masker(batch, finer)
+        full = whole(made, batch, finer, self.prepared.cut)
+        records = [self.record(i, sample, made, full[i]) for i, sample in enumerate(pictures.samples)]
+        self.write(pictures, full, records)
+        line: dict[str, Any] = {"unscored": unscored}
+        known = {i: truth for i, truth in enumerate(truths) if truth is not None}
+        if known:
+            masks = {"masks": full} | {
+                name: whole(masker(batch, finer), batch, finer) for name, masker in self.prepared.rivals.items()
+            }
+            right = self.right(pictures, made.logits)
+            empty = None if made.empty is None else [bool(made.empty[i]) for i in known]
+            scores = scores_of({name: [of[i] for i in known] for name, of in masks.items()}, known, right, empty)
+            for i, score in zip(known, scores, strict=True):
+                records[i] |= score
+            if made.maps is not None:
+                maps = restored(made.maps, batch, finer)
+                line["curve"] = curve_sums([maps[i] for i in known], list(known.values()))
+        return line | {"pictures": [*records, *skipped]}
+
+    def record(self, i: int, sample: Sample, made: Masked, mask: Tensor) -> dict[str, Any]:
+        """What the manifest says of one picture."""
+        found: dict[str, Any] = {
+            "key": sample.key,
+            "height": mask.shape[0],
+            "width": mask.shape[1],
+            "box": formats.box(mask),
+            "share": round(float(mask.float().mean()), 6),
+            "fell_back": made.fell_back is not None and bool(made.fell_back[i]),
+            "empty": made.empty is not None and bool(made.empty[i]),
+        }
+        if made.logits is not None:
+            probability, k = made.logits[i].float().softmax(0).max(0)
+            found |= {"class": int(k), "probability": round(float(probability), 6)}
+        if self.config.format != "coco":
+            found["file"] = str(self.file(sample.key))
+        return found
+
+    def file(self, key: str) -> Path:
+        """Where the mask of a picture is written, below the output folder."""
+        return mask_file(self.config.format, self.files[key])
+
+    def name(self, record: dict[str, Any]) -> str:
+        k = record.get("class")
+        return "object" if k is None else self.names[k] if k < len(self.names) else f"class {k}"
+
+    def write(self, pictures: Pictures, masks: Sequence[Tensor], records: Sequence[dict[str, Any]]) -> None:
+        """The masks in the format asked for; each file under a temporary name first."""
+        for sample, mask, record in zip(pictures.samples, masks, records, strict=True):
+            path, kind = self.out / self.file(sample.key), self.config.format
+            if kind == "png":
+                save_png((mask * 255).numpy(), path)
+            elif kind == "voc":
+                save_voc(self.out, path, self.files[sample.key], mask, record, self.name(record))
+            elif kind == "geojson":
+                about = {"class": self.name(record), "probability": record.get("probability"), "picture": sample.key}
+                document = formats.geojson_document([formats.geojson_feature(mask, about)])
+                write_json(path, document)
+            else:
+                rle = formats.coco_annotation(mask, id=0, image_id=0, category_id=0)
+                record["coco"] = rle
+            if self.config.cutouts:
+                picture = to_rgb(read_picture(sample.source))
+                cut = formats.cutout(picture, mask)
+                save_png(cut, self.out / cutout_file(self.files[sample.key]))
+
+    def right(self, pictures: Pictures, logits: Tensor | None) -> list[bool | None]:
+        """Whether the network names each picture rightly; None where its label or its classes are not known."""
+        names, known = self.loaded.model.class_names, self.label_names
+        if logits is None or not names:
+            return [None] * len(pictures)
+        said = logits.argmax(1).tolist()
+        return [
+            None if sample.label is None or not known else known[sample.label] == names[k]
+            for sample, k in zip(pictures.samples, said, strict=True)
+        ]
+
+
+def mask_file(kind: str, file: Path) -> Path:
+    """Where a mask is written in a format, below the output folder."""
+    return Path("SegmentationClass", file) if kind == "voc" else file
+
+
+def cutout_file(file: Path) -> Path:
+    return Path("cutouts", file).with_suffix(".png")
+
+
+def save_voc(out: Path, path: Path, file: Path, mask: Tensor, record: dict[str, Any], name: str) -> None:
+    """A palette PNG and the XML of its box."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        formats.voc_mask(mask, record.get("class", 0)).save(temporary, "PNG")
+    text = formats.voc_xml(record["box"], record["key"], record["width"], record["height"], name)
+    write_text(out / "Annotations" / file.with_suffix(".xml"), text)
+
+
+def whole(made: Masked, batch: Batch, fine: Batch, cut: float = 0.5) -> list[Tensor]:
+    """Masks in the pictures' own pixels, uint8 (height, width); probabilities are cut there, so that outlines are
+    smooth."""
+    masks = made.masks if made.masks.is_floating_point() else made.masks.byte()
+    full = restored(masks, batch, fine)
+    return [(one > cut).byte() if one.is_floating_point() else one for one in full]
+
+
+def restored(values: Tensor, batch: Batch, fine: Batch) -> list[Tensor]:
+    """Values (N, h, w) at the size of either batch, in the pictures' own pixels, on the CPU."""
+    like = fine if values.shape[1:] == fine.images.shape[2:] else batch
+    return restore(values.cpu(), like.geometry)
 
 
 def chosen_recipe(config: SegmentConfig) -> Recipe:
-    """The named recipe with what the command replaces of it."""
-    recipe = RECIPES[config.recipe]
+    """The recipe of the pipeline with what the command replaces of it; the decoder's teachers follow `refine`."""
+    if config.pipeline == "decoder":
+        for name in OPTIONS:
+            if getattr(config, name) is not None:
+                raise ClearwingError(f"--{name}", getattr(config, name), "the decoder has none; take --pipeline refine")
+        return RECIPES["refine"]
+    recipe = RECIPES[config.pipeline]
     if config.method is not None:
         if config.method not in METHODS:
             raise ClearwingError("--method", config.method, near(config.method, list(METHODS)))
-        one_layer = 1 if METHODS[config.method].needs_layer else 0
-        recipe = replace(recipe, method=config.method, layers=one_layer, weights=(1.0,))
+        if METHODS[config.method].needs_layer != METHODS[recipe.method].needs_layer:
+            one_layer = 1 if METHODS[config.method].needs_layer else 0
+            recipe = replace(recipe, layers=one_layer, weights=(1.0,))
+        recipe = replace(recipe, method=config.method)
     if config.layers is not None:
         if not METHODS[recipe.method].needs_layer:
             raise ClearwingError("--layers", config.layers, f"{recipe.method} works at the input; leave them out")
@@ -113,9 +340,48 @@ def chosen_recipe(config: SegmentConfig) -> Recipe:
     return recipe
 
 
-def changed(config: SegmentConfig, recipe: Recipe) -> bool:
+def changed(config: SegmentConfig) -> bool:
     """Whether the command replaced anything of the named recipe."""
-    return recipe != RECIPES[config.recipe] or config.layers is not None
+    if config.pipeline == "decoder":
+        return False
+    return chosen_recipe(config) != RECIPES[config.pipeline] or config.layers is not None
+
+
+def check_output(config: SegmentConfig) -> None:
+    """Refuse a folder that holds something, unless it is to be gone on with or replaced."""
+    if config.resume and config.overwrite:
+        raise ClearwingError("--resume", "with --overwrite", "choose one of them")
+    if is_first():
+        check_free(config.out, config.overwrite or config.resume)
+        make_folder(config.out)
+
+
+def begin(config: SegmentConfig, run: Run | None, progress: Progress) -> None:
+    """What one process does before all: forget what is there or check that it can be gone on with, and see to the
+    decoder."""
+    manifest = Manifest(Path(config.out), settings_of(config, run))
+    if not config.resume:
+        forget(Path(config.out), manifest)
+    manifest.check()
+    if config.pipeline == "decoder" and run is not None:
+        decoder_of(run, config.device, config.retrain and not any(manifest.blocks()), progress)
+
+
+def forget(out: Path, manifest: Manifest) -> None:
+    """Delete what an earlier call left in the folder that would be taken for this one's; masks are replaced."""
+    manifest.clear()
+    for name in ("segmentation.json", "boxes.csv", "coco.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def settings_of(config: SegmentConfig, run: Run | None) -> dict[str, Any]:
+    """What decides the masks: blocks of different settings are not joined."""
+    settings = {key: value for key, value in as_json(config).items() if key not in ONCE}
+    settings["weights_sha256"] = None if run is None else inputs.weights_hash(run)
+    if config.pipeline == "decoder" and run is not None:
+        path = run.file(DECODER)
+        settings["decoder_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    return settings
 
 
 def open_samples(config: SegmentConfig, run: Run | None) -> Dataset:
@@ -126,72 +392,30 @@ def open_samples(config: SegmentConfig, run: Run | None) -> Dataset:
     return inputs.open_like_run(run, config.data, config.classes, config.pattern, config.masks)
 
 
-def deepest_stages(model: nn.Module, pictures: Pictures, count: int, device: torch.device) -> list[str]:
-    """The last layers at the `count` smallest resolutions above one pixel, shallow to deep."""
-    found: list[str] = []
-    one = next(iter(pictures.subset(1).batches(1, device=device))).images
-    larger_than: int | None = None
-    for _ in range(count):
-        layer = find_layer(model, one, larger_than=larger_than)
-        found.insert(0, layer)
-        larger_than = max(record(model, one, [layer], inputs=False).features[layer].shape[2:])
-    return found
+def some_picture(loaded: inputs.Loaded, samples: Sequence[Sample]) -> Tensor:
+    """The first picture that can be read, (1, C, H, W); ClearwingError where none of all can."""
+    found = next(iter(inputs.load_blocks(loaded, tuple(samples), 8)))
+    return next(found.subset(1).batches(1)).images
 
 
-@dataclass
-class NetworkMasker:
-    """Masks by a recipe from what a network looks at; counts where it fell back or found no evidence."""
-
-    model: nn.Module
-    recipe: Recipe
-    layers: list[str]
-    fell_back: int = 0
-    empty: int = 0
-    how: dict[str, Any] = field(default_factory=dict)
-    logits: Tensor | None = None  # (N, K) of the last batch
-
-    def __call__(self, batch: Batch, fine: Batch) -> Tensor:
-        found = explain(self.model, batch, [self.recipe.method], layers=self.layers or None, target=self.recipe.target)
-        made: Segmentation = segment_with(self.recipe, found, fine)
-        self.fell_back += int(made.fell_back.sum())
-        self.empty += int(made.empty.sum())
-        self.how, self.logits = made.how, next(iter(found.values())).logits
-        return made.masks
-
-
-def baseline_maskers(
-    run: Run | None, recipe: Recipe, layers: list[str], device: torch.device, seed: int
-) -> dict[str, Masker]:
-    """What the masks must beat, by name; the classic recipe's and the pipeline's own untrained network among them."""
-
-    def gaussian(batch: Batch, fine: Batch) -> Tensor:
-        return dilate(binarize(baselines.centre_gaussian(fine.images), "percentile:80"), 5)
-
-    found: dict[str, Masker] = {
-        "everything": lambda batch, fine: baselines.everything(fine.images),
-        "centre-gaussian": gaussian,
-        "centre-box-grabcut": lambda batch, fine: baselines.centre_box(fine.images)[0],
-    }
-    if run is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            untrained = run.build_model()
-        untrained.load_state_dict({"mean": run.model.mean, "std": run.model.std}, strict=False)
-        untrained.to(device).to(memory_format=torch.channels_last)
-        found["untrained-network"] = NetworkMasker(untrained, recipe, layers)
-    return found
+def untrained(run: Run | None, seed: int, device: torch.device) -> Any:
+    """The run's network before training, normalised like the trained one."""
+    if run is None:
+        return None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = run.build_model()
+    network.load_state_dict({"mean": run.model.mean, "std": run.model.std}, strict=False)
+    return network.to(device).to(memory_format=torch.channels_last)
 
 
 def read_truths(pictures: Pictures, progress: Progress) -> tuple[list[Tensor | None], list[list[str]]]:
     """The true masks that fit their pictures, None for the others; the others that should have one, with the reason."""
     truths: list[Tensor | None] = []
     unscored: list[list[str]] = []
-    expected = any(sample.mask is not None for sample in pictures.samples)
     for sample, place in zip(pictures.samples, pictures.geometry, strict=True):
-        truth, reason = None, ""
-        if sample.mask is None:
-            reason = "no mask for this picture"
-        else:
+        truth, reason = None, "no mask for this picture"
+        if sample.mask is not None:
             try:
                 truth = read_mask(sample.mask)
             except ClearwingError as error:
@@ -200,67 +424,53 @@ def read_truths(pictures: Pictures, progress: Progress) -> tuple[list[Tensor | N
                 size = f"{truth.shape[0]}x{truth.shape[1]}"
                 reason = f"mask of {size}, picture of {place.height}x{place.width}; give a mask of the picture's size"
                 truth = None
-        if truth is None and expected:
+        if truth is None:
             unscored.append([sample.key, reason])
-            progress.say(f"not scored {sample.key}: {reason}")
+            if sample.mask is not None:
+                progress.say(f"not scored {sample.key}: {reason}")
         truths.append(truth)
     return truths, unscored
 
 
-def run_maskers(
-    pictures: Pictures,
-    fine: Pictures,
-    truths: Sequence[Tensor | None],
-    segmenter: NetworkMasker,
-    rivals: dict[str, Masker],
-    out: Path,
+def finished(
+    config: SegmentConfig,
+    prepared: Prepared,
+    loaded: inputs.Loaded,
+    dataset: Dataset,
+    manifest: Manifest,
     files: dict[str, Path],
-    device: torch.device,
-    batch_size: int,
-    progress: Progress,
-) -> dict[str, dict[str, float]]:
-    """Write the masks of all pictures; IoU by masker and picture, where there is a truth."""
-    maskers: dict[str, Masker] = {"masks": segmenter, **rivals}
-    scores: dict[str, dict[str, float]] = {name: {} for name in maskers}
-    told, done = progress.task("segmenting"), 0
-    both = (part.batches(batch_size, device=device) for part in (pictures, fine))
-    for batch, finer in zip(*both, strict=True):
-        truth = truths[done : done + len(batch)]
-        for name, masker in maskers.items():
-            full = restore(masker(batch, finer).to("cpu", torch.uint8), finer.geometry)
-            if name == "masks":
-                for key, mask in zip(batch.keys, full, strict=True):
-                    save_png((mask * 255).numpy(), out / files[key])
-            known = {i: one for i, one in enumerate(truth) if one is not None}
-            if known:
-                values = iou([full[i] for i in known], list(known.values()))
-                scores[name] |= {batch.keys[i]: float(v) for i, v in zip(known, values, strict=True)}
-        done += len(batch)
-        told(done, len(pictures))
-    return scores
-
-
-def summarise(scores: dict[str, dict[str, float]], seed: int) -> dict[str, Any]:
-    """Means, bootstrap intervals, and paired differences to every baseline."""
-    own = torch.tensor(list(scores["masks"].values()), dtype=torch.float64)
-    result: dict[str, Any] = {"mean_iou": None, "ci95": None, "per_image": scores["masks"], "scored": len(own)}
-    result |= {"baselines": {}, "baseline_ci95": {}, "differences": {}, "baseline_per_image": {}}
-    if len(own) == 0:
-        return result
-
-    def interval(values: Tensor) -> list[float] | None:  # one picture says nothing of how others vary
-        return list(bootstrap_interval(values, seed=seed)) if len(values) > 1 else None
-
-    result |= {"mean_iou": float(own.mean()), "ci95": interval(own)}
-    for name, values in scores.items():
-        if name == "masks":
-            continue
-        other = torch.tensor(list(values.values()), dtype=torch.float64)
-        result["baselines"][name] = float(other.mean())
-        result["baseline_ci95"][name] = interval(other)
-        result["differences"][name] = {"mean": float((own - other).mean()), "ci95": interval(own - other)}
-        result["baseline_per_image"][name] = values
-    return result
+    work: Work,
+) -> dict[str, Any]:
+    """Join what all processes did: segmentation.json, boxes.csv, and coco.json; returns what the command prints."""
+    out, tally = Path(config.out), Tally(list(prepared.rivals))
+    for block in manifest.blocks():
+        tally.add(block)
+    if not tally.n:
+        key, reason = tally.skipped[0] if tally.skipped else (config.data, "there is none")
+        raise ClearwingError("pictures", key, f"none of {len(files)} can be read: {reason}")
+    order = {key: at for at, key in enumerate(files)}
+    result = tally.summary(config.seed, order) | {
+        "data": inputs.full_name(config.data),
+        "split": inputs.split_name(dataset, config.split),
+        "pipeline": config.pipeline + (" (changed)" if changed(config) else ""),
+        "format": config.format,
+        "options": {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None},
+        "threshold": prepared.threshold,
+        "masks_used_for_calibration": prepared.calibration or False,
+        "pictures_per_s": round(work.pictures / work.seconds, 2) if work.pictures else None,
+        "notes": list(dataset.notes),
+    }
+    if loaded.run is not None:
+        result["weights_sha256"] = inputs.weights_hash(loaded.run)
+        result["notes"] += inputs.split_notes(dataset, config.split, loaded.run, config.data)
+    most = max((record.get("class", 0) for record in tally.records.values()), default=0)
+    names = work.names or tuple(f"class {k}" for k in range(most + 1))
+    write_text(out / "boxes.csv", tally.boxes_csv(order, names))
+    if config.format == "coco":
+        document = formats.coco_document(*tally.coco(order), categories=names, info={"description": "clearwing"})
+        write_json(out / "coco.json", document)
+    write_json(out / "segmentation.json", result)
+    return {"json": plain(result), "text": told(result, out)}
 
 
 def threshold_value(recipe: Recipe) -> float | None:
@@ -279,10 +489,13 @@ def told_iou(result: dict[str, Any]) -> str:
 
 def told(result: dict[str, Any], out: Path) -> str:
     """The result in a few lines."""
+    rate = f", {result['pictures_per_s']:.0f} pictures/s" if result["pictures_per_s"] else ""
     lines = [
         f"{result['n']} masks, {result['fell_back']} fell back, {result['no_evidence']} without evidence, "
-        f"skipped {result['skipped']}"
+        f"skipped {result['skipped']}{rate}"
     ]
+    if used := result["masks_used_for_calibration"]:
+        lines.append(f"calibrated on {used} drawn masks, which are not scored")
     if result["mean_iou"] is not None:
         lines.append(told_iou(result))
         for name, value in result["baselines"].items():

@@ -24,13 +24,14 @@ Maps = Explanation | Tensor
 class Recipe:
     """All that turns a network and a picture into a mask; `RECIPES` holds every number that is a default.
 
-    The first four fields say which maps to ask for, and who runs the network reads them; the others are what
+    The first five fields say which maps to ask for, and who runs the network reads them; the others are what
     `segment_with` does, in their order.
     """
 
     method: str  # of the maps, a name of METHODS
     target: str = "pred"
     layers: int = 0  # the so many deepest stages that differ in resolution, shallow to deep; 0: a method at the input
+    average: tuple[str | float, ...] = ()  # views that the raw maps are averaged over, see `explain`
     weights: tuple[float, ...] = (1.0,)  # of the layers' maps in their sum, each divided by its own maximum
     blur: float = 0.0  # standard deviation of a Gaussian, as a share of the shorter side
     threshold: str | float = "percentile:80"  # see `binarize`
@@ -38,31 +39,45 @@ class Recipe:
     refine: str = "none"  # or "grabcut", which starts from the thresholded map and the next two
     sure_foreground: float = 1.0  # above this quantile of the map the foreground is fixed
     sure_background: float = 0.0  # below this one the background is
-    iterations: int = 5
+    iterations: int = 1
     keep: float = 0.0  # drop pieces that hold less than this share of the best supported piece's map mass; see `clean`
     fill: bool = False  # fill the holes
-    detail: int = 1  # side of the pictures that are refined, in sides of the network's input
+    finest: int = 0  # pictures are refined at twice the side of the network's input, up to this one; 0: at its own
+
+    def side(self, size: int) -> int:
+        """The side of the pictures to refine for a network of this input size."""
+        return max(size, min(2 * size, self.finest))
 
 
 RECIPES: dict[str, Recipe] = {
-    # Chosen on the drawn data set's training masks; its colour models and edges gain most from the finer pictures.
-    "default": Recipe(
+    # Chosen on drawn pictures' masks, like VOTERS; benchmarks/masks.py shows the neighbours of each number.
+    "refine": Recipe(
         method="layer-cam",
         layers=2,
+        average=("flip",),
         weights=(1.0, 0.3),
         blur=0.04,
         threshold="otsu",
         refine="grabcut",
         sure_foreground=0.95,
         sure_background=0.4,
-        iterations=3,
+        iterations=1,
         keep=0.2,
         fill=True,
-        detail=2,
+        finest=224,  # as large as a picture is refined in 60 ms on one core
     ),
     # the absolute gradient of the predicted class, the largest channel
     "classic": Recipe(method="saliency", threshold="percentile:80", pool=5),
 }
+
+_REFINE = RECIPES["refine"]
+VOTERS: tuple[Recipe, ...] = (
+    _REFINE,
+    replace(_REFINE, layers=3, weights=(1.0, 1.0, 0.3), blur=0.02),
+    replace(_REFINE, method="hires-cam"),
+    replace(_REFINE, weights=(1.0, 1.0), threshold="percentile:80", sure_foreground=0.97),
+)
+"""What teaches the decoder: neighbours of `refine`, each as good as they come, that err on different pictures."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +105,10 @@ def segment(
 
     Args:
         explanation: one Explanation (or maps (N, H, W)), or several to be joined, from the shallow layer to the deep:
-            each is divided by its own maximum; two are summed with the default recipe's weights, more with equal ones.
+            each is divided by its own maximum; three are summed with the weights of the recipe `refine`, others with
+            equal ones.
         images: the pictures explained, (N, C, H, W) in [0, 1], or their Batch; finer ones make finer masks.
-        threshold: "auto" (the default recipe's), or what `binarize` takes: "percentile:80", "otsu", "mean", ...
+        threshold: "auto" (Otsu's), or what `binarize` takes: "percentile:80", "otsu", "mean", ...
         refine: "grabcut", or None for the thresholded map itself.
         class_index: which of the M asked classes of an Explanation.
 
@@ -102,7 +118,7 @@ def segment(
 
     >>> masks = segment(explain(model, images, methods="layer-cam", layers="layer2"), images)
     """
-    recipe = RECIPES["default"]
+    recipe = RECIPES["refine"]
     given = _listed(explanation)
     if len(given) != len(recipe.weights):
         recipe = replace(recipe, weights=(1.0,) * len(given))
@@ -132,12 +148,15 @@ def segment_with(
     given = _listed(explanation)
     pictures = images.images if isinstance(images, Batch) else images
     maps = fuse([_maps(item, class_index) for item in given], recipe.weights)
-    if pictures.ndim == 4 and pictures.shape[2] > maps.shape[1] and pictures.shape[3] > maps.shape[2]:
-        maps = F.interpolate(maps[:, None], pictures.shape[2:], mode="bilinear")[:, 0]
-    check_images(pictures, maps.shape)
-
+    check_images(pictures)
+    size, full = tuple(maps.shape[1:]), (pictures.shape[2], pictures.shape[3])
+    if len(maps) != len(pictures) or (size != full and (size[0] > full[0] or size[1] > full[1])):
+        mend = f"give as many as the maps, {tuple(maps.shape)}, at least as large"
+        raise ClearwingError("images", tuple(pictures.shape), mend)
     empty = ~informative(maps)
-    maps = blur(torch.where(empty[:, None, None], 0, maps), recipe.blur * min(maps.shape[1:]))
+    maps = torch.where(empty[:, None, None], 0, maps)
+    maps = resized(maps, full)
+    maps = blur(maps, recipe.blur * min(full))
     masks = dilate(binarize(maps, recipe.threshold), recipe.pool)
     fell_back = torch.zeros_like(empty)
     if recipe.refine == "grabcut":
@@ -147,6 +166,28 @@ def segment_with(
         masks = clean(masks, maps, share=recipe.keep, fill=recipe.fill)
     how = {**asdict(recipe), "maps": [_name(item) for item in given]}
     return Segmentation(masks.byte(), fell_back, empty, how)
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (N, h, w) at another size, bilinear, antialiased where they shrink."""
+    if tuple(maps.shape[1:]) == size:
+        return maps
+    return F.interpolate(maps[:, None], size, mode="bilinear", antialias=size[0] < maps.shape[1])[:, 0]
+
+
+def vote(masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Several masks (N, H, W) of the same pictures: the share of them that says foreground, float32 (N, H, W), and how
+    well they agree, (N,): the mean over all pairs of their intersection over union, 1 where both are empty.
+    """
+    if len(masks) < 2 or len({mask.shape for mask in masks}) > 1:
+        raise ClearwingError("masks", [tuple(mask.shape) for mask in masks], "give two or more of the same size")
+    given = torch.stack([mask.bool() for mask in masks]).float()  # (V, N, H, W)
+    flat = given.flatten(2).transpose(0, 1)  # (N, V, HW)
+    both, area = flat @ flat.mT, flat.sum(2)
+    union = area[:, :, None] + area[:, None] - both
+    pairs = torch.where(union > 0, both / union.clamp(min=1), 1.0)
+    first, second = torch.triu_indices(len(masks), len(masks), 1)
+    return given.mean(0), pairs[:, first, second].mean(1)
 
 
 def fuse(maps: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -74,7 +74,13 @@ def seeds(maps: Tensor, foreground: Tensor, *, sure_foreground: float, sure_back
 
 
 def grabcut(
-    images: Tensor, codes: Tensor, *, iterations: int = 5, most: float = 0.95, workers: int | None = None
+    images: Tensor,
+    codes: Tensor,
+    *,
+    iterations: int = 1,
+    colours: int = 64,
+    most: float = 0.95,
+    workers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """GrabCut from seeds, Rother, Kolmogorov and Blake 2004: the masks, and where it gave none.
 
@@ -82,6 +88,8 @@ def grabcut(
         images: (N, C, H, W) in [0, 1], one or three channels.
         codes: uint8 (N, H, W), from `seeds`.
         iterations: rounds of fitting the colours and cutting the graph.
+        colours: longer side of the copy of each picture that the colours are first guessed on, by k-means; every round
+            then fits them to all pixels. The guess on all pixels took longer than a cut, and was no better.
         most: a foreground of a larger share than this is a failure.
         workers: threads (cv2 works outside the interpreter's lock); None: one a core.
 
@@ -94,20 +102,39 @@ def grabcut(
     check_images(images, codes.shape)
     if codes.dtype != torch.uint8 or codes.max() > PROBABLE_FOREGROUND:
         raise ClearwingError("codes", f"{codes.dtype} up to {codes.max()}", "give the codes that seeds makes")
-    pictures = _uint8(images)
-    starts = codes.cpu().numpy()
+    pictures, starts = _uint8(images), codes.cpu().numpy()
 
     def one(i: int) -> tuple[np.ndarray, bool]:
         foreground = (starts[i] & 1).astype(bool)
-        if not FEWEST_SEEDS <= foreground.sum() <= foreground.size - FEWEST_SEEDS:
+        if not _enough(foreground):
             return foreground, True
-        cv2.setRNGSeed(0)  # of this thread only; k-means draws its first centres from it
-        cut, colours, no_box = starts[i].copy(), np.zeros((2, 1, 65)), (0, 0, 0, 0)
-        cv2.grabCut(pictures[i], cut, no_box, colours[0], colours[1], iterations, cv2.GC_INIT_WITH_MASK)
+        cut = starts[i].copy()
+        cv2.grabCut(pictures[i], cut, _NO_BOX, *_guess(pictures[i], cut, colours), iterations, cv2.GC_EVAL)
         cut = (cut & 1).astype(bool)
         return (cut, False) if 0 < cut.mean() <= most else (foreground, True)
 
     return _gather(one, len(images), codes.device, workers)
+
+
+_NO_BOX = (0, 0, 0, 0)
+
+
+def _guess(picture: np.ndarray, codes: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """OpenCV's colour models of background and foreground, guessed on a copy whose longer side is at most `side`."""
+    scale = min(1.0, side / max(codes.shape))
+    size = max(1, round(codes.shape[1] * scale)), max(1, round(codes.shape[0] * scale))
+    small = np.asarray(cv2.resize(codes, size, interpolation=cv2.INTER_NEAREST), np.uint8)
+    if _enough((small & 1).astype(bool)):
+        picture, codes = cv2.resize(picture, size, interpolation=cv2.INTER_AREA), small
+    models = np.zeros((1, 65)), np.zeros((1, 65))
+    cv2.setRNGSeed(0)  # of this thread only; k-means draws its first centres from it
+    cv2.grabCut(picture, codes.copy(), _NO_BOX, *models, 0, cv2.GC_INIT_WITH_MASK)
+    return models
+
+
+def _enough(foreground: np.ndarray) -> bool:
+    """Whether both sides have the pixels that a model needs."""
+    return bool(FEWEST_SEEDS <= foreground.sum() <= foreground.size - FEWEST_SEEDS)
 
 
 def clean(masks: Tensor, maps: Tensor, *, share: float = 0.2, fill: bool = True, workers: int | None = None) -> Tensor:

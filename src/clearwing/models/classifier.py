@@ -77,7 +77,7 @@ class Classifier(nn.Module):
             mend = f"give pictures with {channels} channels, or wrap the network with mean and std for its own"
             raise ClearwingError("images", tuple(images.shape), mend)
         outputs = self.backbone(((images - self.mean) / self.std).to(self.mean.dtype))
-        logits = self._logits(outputs, len(images))
+        logits = self._logits(outputs, images.shape[0])
         if self.class_names and logits.shape[1] != len(self.class_names):
             raise _names_error(self.class_names, logits.shape[1])
         if logits.shape[1] != self.num_classes:
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
         if tuple(outputs.shape) in ((pictures,), (pictures, 1)):
             z = outputs.reshape(-1, 1) / 2
             return torch.cat((-z, z), 1)
-        if outputs.ndim != 2 or len(outputs) != pictures or outputs.shape[1] == 0:
+        if outputs.ndim != 2 or outputs.shape[0] != pictures or outputs.shape[1] == 0:
             shape = f"{tuple(outputs.shape)} for {pictures} pictures"
             mend = "the network must give (N, K), (N, 1) or (N,); take its logits by output=, or pool them to (N, K)"
             raise ClearwingError("output", shape, mend)

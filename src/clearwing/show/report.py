@@ -18,7 +18,10 @@ from clearwing.show.frame import Estimate, chart, finite, write_page
 from clearwing.types import ClearwingError
 
 MISTAKES_SHOWN, METHODS_SHOWN, TIMELINE_SHOWN, MASKS_SHOWN, CLASSES_SHOWN = 24, 8, 12, 24, 15
+FAILURES_SHOWN, WRONG_REASON_SHOWN = 6, 12
 """How many cards, rows and classes the page shows at most before it folds or leaves out; it says of how many."""
+
+ORACLE = "oracle: chosen on these masks"
 
 
 @dataclass(frozen=True)
@@ -115,33 +118,87 @@ class MaskPicture:
     picture: Picture
     iou: float | None = None
     about: str = ""
+    looked: Picture | None = None  # where the network looked, as an overlay
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """One way to masks; `difference` is the default's mean IoU less this one's, with a paired interval."""
+    """One way to masks; `difference` is the headline's mean IoU less this one's, with a paired interval."""
 
     name: str
-    kind: str  # "default" | "recipe" | "baseline"
+    kind: str  # "first" | "other" | "baseline"
     iou: Estimate
     difference: Estimate | None = None
     about: str = ""
+    best: bool = False  # of the baselines
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A mean over all scored pictures, from 0 to 1."""
+
+    name: str
+    value: Estimate
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class ThresholdCurve:
+    """The mean IoU of maps that are cut at one threshold for all pictures, and what else needs no chosen threshold.
+
+    The peak and the accuracies of boxes are oracles: they are the best of all thresholds on the very masks that score.
+    """
+
+    thresholds: tuple[float, ...]
+    mean_iou: tuple[float, ...]
+    peak: tuple[float, float]  # mean IoU, threshold
+    n: int
+    pxap: float | None = None
+    max_box_acc: float | None = None
+    max_box_acc_v2: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Cause:
+    """Masks that missed their object for one reason: how many, and some of them."""
+
+    name: str
+    n: int
+    about: str = ""
+    pictures: tuple[MaskPicture, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class WrongReason:
+    """Pictures with the right class whose mask misses the object: how many, and some of them."""
+
+    n: int
+    pictures: tuple[MaskPicture, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
+    """The masks of one split; all but `pipelines` is of the first of these, the headline."""
+
     split: str
     n: int  # masks written
     pipelines: tuple[Pipeline, ...] = ()
-    masks_used_for_calibration: bool = False
+    masks_used_for_calibration: int = 0  # so many drawn masks chose how masks are made
+    chosen: str = ""  # what they chose
     threshold: str = ""
-    per_image: tuple[float, ...] = ()  # IoU of every scored picture under the default pipeline
+    per_image: tuple[float, ...] = ()  # IoU of every scored picture
     gallery: tuple[MaskPicture, ...] = ()
     notes: tuple[str, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+    curve: ThresholdCurve | None = None
+    causes: tuple[Cause, ...] | None = None  # None: not looked for
+    wrong_reason: WrongReason | None = None  # None: the true classes are not known
+    fell_back: int | None = None  # masks that are the map alone; None: nothing refines it
+    no_evidence: int = 0
 
     @property
-    def default(self) -> Pipeline | None:
-        return next((p for p in self.pipelines if p.kind == "default"), None)
+    def headline(self) -> Pipeline | None:
+        return next((p for p in self.pipelines if p.kind == "first"), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +251,7 @@ def write_report(path: str | Path, report: Report) -> Path:
         charts=_training_charts(report.training.metrics if report.training else ()),
         iou_chart=_iou_chart(report.timeline),
         masks=_spread(report.segmentation.gallery if report.segmentation else ()),
+        curve_chart=_curve_chart(report.segmentation),
         iou_strip=_strip(report.segmentation.per_image if report.segmentation else ()),
         confusion=_confusion,
         limits={
@@ -201,6 +259,8 @@ def write_report(path: str | Path, report: Report) -> Path:
             "methods": METHODS_SHOWN,
             "timeline": TIMELINE_SHOWN,
             "masks": MASKS_SHOWN,
+            "failures": FAILURES_SHOWN,
+            "wrong_reason": WRONG_REASON_SHOWN,
             "classes": CLASSES_SHOWN,
         },
     )
@@ -213,9 +273,11 @@ def _lead(report: Report) -> str:
         right = round(first.accuracy.value * first.n)
         said.append(f"It names {right} of {first.n} pictures of the {first.split} split correctly.")
     segmentation = report.segmentation
-    if segmentation is not None and segmentation.default is not None:
-        how = "after seeing some of them" if segmentation.masks_used_for_calibration else "without having seen one"
-        said.append(f"Its masks overlap the drawn ones with a mean IoU of {segmentation.default.iou.value:.3f}, {how}.")
+    if segmentation is not None and segmentation.headline is not None:
+        used = segmentation.masks_used_for_calibration
+        how = f"after seeing {used} of them" if used else "without having seen one"
+        value = segmentation.headline.iou.value
+        said.append(f"Its masks overlap the drawn ones with a mean IoU of {value:.3f}, {how}.")
     return " ".join(said)
 
 
@@ -254,6 +316,27 @@ def _iou_chart(timeline: Timeline | None) -> dict[str, Any] | None:
     if timeline.baseline is not None:
         series["centre"] = [(float(x), timeline.baseline) for x in epochs]
     return chart("Mask IoU", series, styles={"Grad-CAM": "train", "centre": "baseline"}, size=(760, 232))
+
+
+def _curve_chart(segmentation: Segmentation | None) -> dict[str, Any] | None:
+    """The IoU of the cut maps by threshold, its peak as a dot, and beside it what the masks themselves reach."""
+    if segmentation is None or segmentation.curve is None:
+        return None
+    curve, headline = segmentation.curve, segmentation.headline
+    iou, threshold = curve.peak
+    maps = "maps alone, one threshold for all"
+    lines = {maps: list(zip(curve.thresholds, curve.mean_iou, strict=True))}
+    styles = {maps: "train", ORACLE: "oracle"}
+    if headline is not None:
+        name = f"{headline.name}, as scored above"
+        lines[name] = [(curve.thresholds[0], headline.iou.value), (curve.thresholds[-1], headline.iou.value)]
+        styles[name] = "baseline"
+    common: dict[str, Any] = {"across": "threshold", "styles": styles, "size": (480, 260)}
+    made = chart("Mean IoU by threshold", {ORACLE: [(threshold, iou)]} | lines, **common)
+    made["slots"] = chart("", lines, **common)["slots"]  # the dot is no line that goes on to the right
+    made["series"][0]["last"] = f"{iou:.3f} at {threshold:g}"
+    made["series"][1]["last"] = ""  # at a threshold of 1 hardly anything is left
+    return made
 
 
 def _strip(values: Iterable[float]) -> dict[str, Any] | None:

@@ -1,0 +1,71 @@
+"""The manifest of a long job: what is done, a line a block, so that a killed run loses one block at the most."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from clearwing.run import plain
+from clearwing.types import ClearwingError
+
+
+class Manifest:
+    """`OUT/manifest-<rank>.jsonl`: each process appends to its own, and anybody reads all of them.
+
+    The first line that a process writes holds the settings that its blocks are made with.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
+        self.folder, self.settings, self.rank = folder, plain(settings), rank
+        self.begun = False  # whether this process has written there
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"manifest-{self.rank}.jsonl"
+
+    def clear(self) -> None:
+        """Forget all that an earlier run did."""
+        for path in self._paths():
+            path.unlink()
+        self.begun = False
+
+    def check(self) -> None:
+        """Raise ClearwingError where what is done was made with other settings."""
+        for path in self._paths():
+            for line in _lines(path):
+                if "settings" in line and line["settings"] != self.settings:
+                    keys = [key for key in self.settings if self.settings[key] != line["settings"].get(key)]
+                    mend = f"what is there was made with another {', '.join(keys) or 'version'}; use --overwrite"
+                    raise ClearwingError("--resume", self.folder, mend)
+
+    def add(self, block: dict[str, Any]) -> None:
+        """One block more, on the disk when this returns but for the system's own cache."""
+        lines = [plain(block)] if self.begun else [{"settings": self.settings}, plain(block)]
+        with self.path.open("a", encoding="utf-8") as file:
+            if not self.begun and file.tell():
+                file.write("\n")  # a process that was killed while it wrote left half a line
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self.begun = True
+
+    def blocks(self) -> Iterator[dict[str, Any]]:
+        """All blocks of all processes, one at a time."""
+        for path in self._paths():
+            for line in _lines(path):
+                if "settings" not in line:
+                    yield line
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("manifest-*.jsonl"))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                found = json.loads(line) if line.strip() else None
+            except ValueError:
+                continue  # half a line
+            if isinstance(found, dict):
+                yield found

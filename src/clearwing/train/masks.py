@@ -1,0 +1,76 @@
+"""Teaching a mask: pictures with a share of foreground and a weight for every pixel, and the loss on both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from clearwing.data.augment import Draw, colour_jitter, random_flip, random_resized_crop
+from clearwing.data.loader import Pictures
+from clearwing.train.fit import Loss
+from clearwing.types import Batch, ClearwingError
+
+
+def with_masks(pictures: Pictures, shares: Tensor, weights: Tensor) -> Pictures:
+    """The pictures with two channels more: the share of foreground, and how much each pixel counts.
+
+    shares: (N, H, W) in [0, 1]. weights: (N,) or (N, H, W) in [0, 1]. Both are kept in 8 bits, and go through every
+    crop and flip with their picture.
+    """
+    N, _, H, W = pictures.images.shape
+    weights = weights[:, None, None].expand(N, H, W) if weights.ndim == 1 else weights
+    for argument, values in (("shares", shares), ("weights", weights)):
+        if values.shape != (N, H, W) or not (values.min() >= 0 and values.max() <= 1):
+            found = f"{tuple(values.shape)}, {values.min():.3g} to {values.max():.3g}"
+            raise ClearwingError(argument, found, f"give values in [0, 1] for {N} pictures of {H} x {W}")
+    more = (torch.stack([shares, weights], 1) * 255).round().byte()
+    images = torch.cat([pictures.images, more], 1).contiguous(memory_format=torch.channels_last)
+    return replace(pictures, images=images)
+
+
+@dataclass(frozen=True)
+class MaskAugment:
+    """Crop, mirror and change the colours of pictures with masks, uint8 (N, C + 2, H, W) from `with_masks`.
+
+    size: side of what comes out. scale: areas of the crops, as shares of the picture's. jitter: of the picture alone.
+    """
+
+    size: int
+    scale: tuple[float, float] = (0.5, 1.0)
+    jitter: float = 0.3
+
+    def __call__(self, images: Tensor, draw: Generator | Draw) -> Tensor:
+        images = random_flip(random_resized_crop(images, draw, self.size, self.scale), draw)
+        picture, mask = images[:, :-2], images[:, -2:]
+        picture = colour_jitter(picture, draw, self.jitter, self.jitter, self.jitter if picture.shape[1] == 3 else 0.0)
+        return torch.cat([picture, mask.to(picture.dtype)], 1)
+
+
+def mask_loss() -> Loss:
+    """Cross-entropy of every pixel plus the soft Jaccard loss of every picture (Rahman and Wang 2016, eq. 3), for a
+    module that gives (logits, mask logits (N, H, W)), on batches whose last channels are those of `with_masks`.
+
+    What it counts as right is the sum of the IoUs with what was taught, so the share of it is a mean IoU.
+    """
+
+    def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        images, share, weight = batch.images[:, :-2], batch.images[:, -2].float(), batch.images[:, -1].float()
+        logits = module(images)[1].float()
+        entropy = F.binary_cross_entropy_with_logits(logits, share, reduction="none")
+        p = logits.sigmoid()
+        both, either = (weight * p * share).sum((1, 2)), (weight * (p + share - p * share)).sum((1, 2))
+        jaccard = 1 - (both + 1) / (either + 1)  # the one keeps it smooth where neither holds anything
+        trust = weight.mean((1, 2))
+        value = (weight * entropy).sum() / weight.sum().clamp(min=1) + (trust * jaccard).sum() / trust.sum().clamp(
+            min=1
+        )
+        with torch.no_grad():
+            found, taught = logits > 0, share > 0.5
+            union = (found | taught).sum((1, 2))
+            right = torch.where(union > 0, (found & taught).sum((1, 2)) / union.clamp(min=1), 1.0).sum()
+        return value, right
+
+    return loss

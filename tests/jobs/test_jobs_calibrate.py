@@ -1,0 +1,135 @@
+"""Calibration: who is held out, what is tried, and that what is chosen is the best of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import clearwing as cw
+from clearwing.config import SegmentConfig
+from clearwing.data.sources import Sample
+from clearwing.jobs import calibrate, inputs
+from clearwing.jobs.calibrate import calibrated, candidates, held_out
+from clearwing.jobs.maskers import explained, fitted
+from clearwing.jobs.progress import Progress
+from clearwing.masks.pipeline import RECIPES, Recipe, segment_with
+
+CPU = torch.device("cpu")
+
+
+def config(run="", count=0, **more):
+    return SegmentConfig(run=str(run), data="", out="", calibrate=count, **more)
+
+
+def samples(known, unknown=0):
+    masks = [b"mask"] * known + [None] * unknown
+    return [Sample(f"{i:02}", b"", mask=mask) for i, mask in enumerate(masks)]
+
+
+def test_the_seed_draws_from_those_with_a_mask():
+    some = samples(8, 5)[::-1]
+    drawn = [held_out(config(count=3, seed=seed), some) for seed in range(20)]
+    assert all(len(keys) == 3 and keys <= {f"{i:02}" for i in range(8)} for keys in drawn)
+    assert drawn[0] == held_out(config(count=3), some)
+    assert set().union(*drawn) == {f"{i:02}" for i in range(8)}
+    assert held_out(config(), some) == set()
+
+
+@pytest.mark.parametrize(
+    ("count", "known", "message"),
+    [
+        (4, 4, "--calibrate: 4; give 1 to 3: of the 4 pictures with a mask, some must be left to score"),
+        (-1, 4, "--calibrate: -1; give 1 to 3"),
+        (1, 1, "--calibrate: 1; there are no masks to use"),
+        (1, 0, "--calibrate: 1; there are no masks to use"),
+    ],
+)
+def test_some_must_be_left_to_score(count, known, message):
+    with pytest.raises(cw.ClearwingError, match=message):
+        held_out(config(count=count), samples(known, 3))
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_the_recipe_itself_is_tried_first(name):
+    tried = list(candidates(RECIPES[name]))
+    assert tried[0] == RECIPES[name]
+    assert len(set(tried)) >= 10
+    kept = {(one.refine, one.iterations, one.keep, one.finest, one.average, one.target) for one in tried}
+    assert len(kept) == 1  # the neighbours differ in how maps are made and cut alone
+    assert all(len(one.weights) == max(one.layers, 1) for one in tried)
+
+
+@pytest.fixture
+def found(trained, photos, monkeypatch):
+    """A function of settings that calibrates on three pictures, among three candidates."""
+    loaded = inputs.open_model(str(trained))
+    val = cw.open_data(photos).splits["val"]
+
+    def call(recipe, tried, **more):
+        monkeypatch.setattr(calibrate, "candidates", lambda recipe: iter(tried))
+        settings = config(trained, 3, **more)
+        layers = settings.layers.split(",") if settings.layers else []
+        with Progress(quiet=True) as progress:
+            return calibrated(settings, recipe, layers, loaded, val, CPU, progress)
+
+    return call
+
+
+def score(recipe, trained, photos):
+    """The mean IoU of a recipe on the pictures held out, by the plain way."""
+    val = cw.open_data(photos).splits["val"]
+    keys = held_out(config(count=3), val)
+    chosen = [sample for sample in val if sample.key in keys]
+    model = cw.Run.load(trained).model
+    [batch] = cw.load_pictures(chosen, 32, fit="squash").batches(3)
+    [fine] = cw.load_pictures(chosen, recipe.side(32), fit="squash").batches(3)
+    recipe, layers = fitted(recipe, model, batch.images)
+    masks = segment_with(recipe, explained(model, recipe, batch, layers), fine).masks
+    truths = [cw.read_mask(sample.mask) for sample in chosen]
+    return float(cw.iou(cw.restore(masks, fine.geometry), truths).mean())
+
+
+def test_the_best_of_what_is_tried_is_chosen(found, trained, photos):
+    first = Recipe("saliency", threshold="percentile:50", pool=5)
+    tried = [first, replace(first, threshold="percentile:80"), replace(first, threshold="percentile:98", pool=1)]
+    scores = [score(one, trained, photos) for one in tried]
+    assert len(set(scores)) == 3
+    recipe, layers, cut, about = found(first, tried)
+    best = scores.index(max(scores))
+    assert recipe == tried[best]
+    assert (layers, cut) == ([], 0.5)
+    assert about == {"masks": 3, "mean_iou": pytest.approx(scores[best]), "tried": 3}
+    worst = tried[scores.index(min(scores))]
+    assert found(worst, [worst])[0] == worst
+
+
+def test_of_equals_the_recipe_itself_is_kept(found):
+    first = Recipe("saliency", threshold="percentile:50")
+    assert found(first, [first, replace(first, sure_foreground=0.9)])[0] == first  # which nothing reads
+
+
+def test_methods_at_layers_get_the_layers_they_ask_for(found, trained, photos):
+    one = Recipe("layer-cam", layers=1, threshold="mean", finest=64)
+    two = replace(one, layers=2, weights=(1.0, 0.3))
+    scores = [score(recipe, trained, photos) for recipe in (one, two)]
+    recipe, layers, _, about = found(one, [one, two])
+    best = scores.index(max(scores))
+    assert recipe == (one, two)[best]
+    assert layers == [["layer3"], ["layer2", "layer3"]][best]
+    assert about["mean_iou"] == pytest.approx(max(scores))
+
+
+def test_named_layers_are_used_whatever_is_tried(found):
+    named = Recipe("layer-cam", layers=4, weights=(1.0,) * 4, threshold="mean")
+    tried = [named, replace(named, layers=2, weights=(1.0, 0.3), threshold="otsu")]
+    recipe, layers, _, _ = found(named, tried, layers="layer1,layer2,layer3.0,layer3")
+    assert layers == ["layer1", "layer2", "layer3.0", "layer3"]
+    assert recipe.weights == named.weights
+
+
+def test_calibration_looks_at_no_other_mask(found, monkeypatch):
+    read = []
+    monkeypatch.setattr(calibrate, "read_mask", lambda mask: read.append(mask) or cw.read_mask(mask))
+    first = Recipe("saliency")
+    found(first, [first])
+    assert len(read) == len(set(read)) == 3

@@ -1,0 +1,227 @@
+"""The second course: what the voters say, what a decoder learns of it, and what is refused."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import clearwing as cw
+from clearwing.jobs import decoder, inputs
+from clearwing.jobs.decoder import Course, decoder_of, has_decoder, teach, trained_decoder, votes
+from clearwing.jobs.maskers import explained, fitted
+from clearwing.jobs.progress import Progress
+from clearwing.masks.pipeline import VOTERS, segment_with
+from clearwing.train.devices import make_fabric
+from clearwing.train.masks import with_masks
+
+CPU = torch.device("cpu")
+SHORT = Course(pictures=9, steps=3, batch=4, width=4)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two would wait for each other longer than they work on pictures as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def progress():
+    with Progress(quiet=True) as quiet:
+        yield quiet
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return cw.Run.load(shutil.copytree(trained, tmp_path / "copy"))
+
+
+def same(one, two):
+    one, two = one.state_dict(), two.state_dict()
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# The voters.
+
+
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_the_votes_are_the_voters_own_masks(trained, photos, progress, batch_size):
+    model = cw.Run.load(trained).model
+    samples = cw.open_data(photos).splits["val"][:5]
+    pictures, fine = (cw.load_pictures(samples, side, fit="squash") for side in (32, VOTERS[0].side(32)))
+    shares, agreement = votes(model, pictures, fine, CPU, progress, batch_size)
+    assert shares.shape == (5, 32, 32)
+    assert agreement.shape == (5,)
+
+    [batch], [finer] = pictures.batches(5), fine.batches(5)
+    masks = []
+    for voter in VOTERS:
+        recipe, layers = fitted(voter, model, batch.images)
+        masks.append(segment_with(recipe, explained(model, recipe, batch, layers), finer).masks.bool())
+    expected = torch.stack(masks).float().mean(0)
+    expected = torch.nn.functional.interpolate(expected[:, None], (32, 32), mode="bilinear", antialias=True)[:, 0]
+    torch.testing.assert_close(shares, expected.clamp(0, 1), atol=1e-5, rtol=0)
+    for i in range(5):
+        both = [(a[i] & b[i]).sum() / (a[i] | b[i]).sum() for k, a in enumerate(masks) for b in masks[k + 1 :]]
+        assert agreement[i].item() == pytest.approx(sum(both).item() / len(both), abs=1e-5)
+
+
+# The lessons.
+
+
+@pytest.fixture(scope="module")
+def lesson(drawn, trained, progress):
+    """Drawn pictures with their true masks, and the features of an untrained, wider network to tell them by."""
+    from clearwing.data.loader import Pictures
+    from clearwing.data.sources import Sample
+    from clearwing.types import Geometry
+
+    images, labels, masks = (torch.as_tensor(values) for values in drawn)
+    n, height, width = masks.shape
+    pictures = Pictures(
+        images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last),
+        labels.long(),
+        tuple(Sample(str(i), b"") for i in range(n)),
+        tuple(Geometry(height, width, 0, 0, height, width, (height, width)) for _ in range(n)),
+    )
+    torch.manual_seed(0)
+    model = cw.build("resnet8", 3, widths=(8, 12, 16)).eval()
+    return model, pictures, masks
+
+
+def mean_iou(segmenter, pictures, masks):
+    [batch] = pictures.batches(len(pictures))
+    with torch.inference_mode():
+        return float(cw.iou((segmenter(batch.images)[1] > 0).byte(), masks.byte()).mean())
+
+
+def test_a_decoder_learns_the_masks_it_is_taught(lesson, progress):
+    model, pictures, masks = lesson
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    taught = with_masks(pictures, masks.float(), torch.ones(len(masks)))
+    course = Course(steps=60, batch=9, width=12, lr=1e-2, ema=0.9)
+    segmenter = trained_decoder(model, taught, make_fabric("cpu", "float32"), course, progress)
+    assert not any(part.training for part in segmenter.modules())
+    assert segmenter.decoder.width == 12
+    assert segmenter.decoder.channels == (8, 12, 16)
+    everything = float(cw.iou(torch.ones_like(masks.byte()), masks.byte()).mean())
+    assert mean_iou(segmenter, pictures, masks) > max(0.5, everything + 0.2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_has_no_weight_teaches_nothing(lesson, progress):
+    model, pictures, masks = lesson
+    fabric, course = make_fabric("cpu", "float32"), replace(SHORT, steps=2, batch=18)
+    trust = torch.ones(len(masks))
+    trust[::2] = 0
+    wrong = masks.float().clone()
+    wrong[::2] = 1 - wrong[::2]
+    one = trained_decoder(model, with_masks(pictures, masks.float(), trust), fabric, course, progress)
+    two = trained_decoder(model, with_masks(pictures, wrong, trust), fabric, course, progress)
+    other = trained_decoder(model, with_masks(pictures, wrong, torch.ones(len(masks))), fabric, course, progress)
+    for a, b in zip(one.decoder.parameters(), two.decoder.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert not same(one.decoder, other.decoder)
+
+
+def test_a_seed_repeats_it_and_the_callers_numbers_stay(lesson, progress):
+    model, pictures, masks = lesson
+    taught, fabric = with_masks(pictures, masks.float(), torch.ones(len(masks))), make_fabric("cpu", "float32")
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    one = trained_decoder(model, taught, fabric, SHORT, progress)
+    assert torch.equal(torch.rand(3), expected)
+    two = trained_decoder(model, taught, fabric, SHORT, progress)
+    three = trained_decoder(model, taught, fabric, SHORT, progress, seed=1)
+    assert same(one.decoder, two.decoder)
+    assert not same(one.decoder, three.decoder)
+
+
+# A run's decoder.
+
+
+def test_teaching_leaves_the_decoder_and_what_it_was_taught(copy, progress):
+    before = (copy.path / "model.safetensors").read_bytes()
+    segmenter = teach(copy, "cpu", progress, SHORT)
+    assert same(copy.load_segmenter(), segmenter.cpu())
+    about = copy.decoder_about()
+    assert about["weights_sha256"] == inputs.weights_hash(copy)
+    assert (about["pictures"], about["masks_used"]) == (9, 0)
+    assert 0 <= about["agreement"] <= 1
+    assert about["course"] == vars(SHORT)
+    assert (copy.path / "model.safetensors").read_bytes() == before
+
+
+def test_no_drawn_mask_is_read(copy, photos, tmp_path, progress):
+    data = shutil.copytree(photos, tmp_path / "photos")
+    shutil.rmtree(data / "val")
+    for mask in (data / "MASKS").rglob("*.png"):
+        mask.write_bytes(b"no mask")
+    config = json.loads((copy.path / "config.json").read_text())
+    config["data"]["where"] = str(data)
+    (copy.path / "config.json").write_text(json.dumps(config))
+    teach(cw.Run.load(copy.path), "cpu", progress, SHORT)
+
+
+def test_pictures_without_a_mask_teach_nothing(copy, monkeypatch, progress):
+    seen = []
+
+    def some(model, pictures, fine, device, progress):
+        shares = torch.zeros(len(pictures), 32, 32)
+        shares[3:, 8:20, 8:20] = 1.0
+        return shares, torch.ones(len(pictures))  # where all are empty, all agree
+
+    def kept(model, pictures, *rest):
+        seen.append(pictures)
+        return trained_decoder(model, pictures, *rest)
+
+    monkeypatch.setattr(decoder, "votes", some)
+    monkeypatch.setattr(decoder, "trained_decoder", kept)
+    teach(copy, "cpu", progress, SHORT)
+    assert (seen[0].images[:, -1] == 255).flatten(1).all(1).tolist() == [False] * 3 + [True] * 6
+    assert not seen[0].images[:3, -1].any()
+    assert copy.decoder_about()["without_mask"] == 3
+
+
+def test_a_network_that_shows_nothing_has_nothing_to_teach(copy, monkeypatch, progress):
+    empty = torch.zeros(9, 32, 32), torch.ones(9)
+    monkeypatch.setattr(decoder, "votes", lambda *_: empty)
+    with pytest.raises(cw.ClearwingError, match="the network gives no mask to teach with; train it longer"):
+        teach(copy, "cpu", progress, SHORT)
+    assert copy.decoder_about() is None
+
+
+def test_training_pictures_that_are_gone_are_named(copy, tmp_path, progress):
+    config = json.loads((copy.path / "config.json").read_text())
+    config["data"]["where"] = str(tmp_path / "gone")
+    (copy.path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(cw.ClearwingError, match="gone; "):
+        teach(cw.Run.load(copy.path), "cpu", progress, SHORT)
+
+
+def test_a_decoder_is_of_the_weights_it_was_trained_on(copy, monkeypatch, progress):
+    taught = []
+
+    def counted(run, *args):
+        taught.append(run)
+        teach(run, *args, course=SHORT)
+
+    monkeypatch.setattr(decoder, "teach", counted)
+    assert not has_decoder(copy)
+    decoder_of(copy, "cpu", False, progress)
+    decoder_of(copy, "cpu", False, progress)
+    assert has_decoder(copy)
+    assert len(taught) == 1
+    decoder_of(copy, "cpu", True, progress)
+    assert len(taught) == 2
+    copy.model.mean.add_(0.01)
+    copy.save_weights(copy.model.state_dict())
+    assert not has_decoder(copy)
+    decoder_of(copy, "cpu", False, progress)
+    assert has_decoder(copy)
+    assert len(taught) == 3

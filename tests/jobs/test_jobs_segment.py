@@ -1,0 +1,570 @@
+"""The command `segment`: its formats, what it skips, its resumption, its processes, its pipelines."""
+
+import csv
+import functools
+import json
+import re
+import shutil
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+import clearwing as cw
+from clearwing.config import SegmentConfig
+from clearwing.jobs import decoder, segment
+from clearwing.jobs.calibrate import held_out
+from clearwing.jobs.maskers import explained, fitted, free_masks
+from clearwing.masks.pipeline import RECIPES, Recipe, segment_with
+from clearwing.models.decoder import Decoder, Segmenter
+from commands import failure, run
+
+FAST = ["--no-baselines"]
+
+
+def segmented(capsys, *argv):
+    """The result of a call that must do."""
+    code, text, err = run(capsys, "segment", *argv, "--json")
+    assert code == 0, text + err
+    return json.loads(text)
+
+
+def contents(folder, *, but=()):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in but}
+
+
+def tear(path, folder):
+    """Write half of a picture of a folder. (What says that a file is none holds an address in memory.)"""
+    whole = next(folder.rglob("*.png")).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def table(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def factory(folder):
+    """`file.py:factory` of a network that is no run, of four classes without a name."""
+    (folder / "mine.py").write_text(
+        "import torch\n"
+        "def make():\n"
+        "    torch.manual_seed(1)\n"
+        "    first, last = torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Conv2d(8, 8, 3, 2, 1)\n"
+        "    head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4)\n"
+        "    net = torch.nn.Sequential(first, torch.nn.ReLU(), last, torch.nn.ReLU(), *head)\n"
+        "    net[-1].bias.data = torch.tensor([0.0, 0.0, 9.0, 0.0])\n"
+        "    return net.eval()\n"
+    )
+    return f"{folder / 'mine.py'}:make"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Two would wait for each other longer than they work on pictures as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def png(tmp_path_factory, trained, photos):
+    """Masks of val as PNG files, and segmentation.json: what the other formats must say, too."""
+    from clearwing.cli import main
+
+    out = tmp_path_factory.mktemp("png")
+    assert main(["segment", str(trained), str(photos), "--out", str(out), "--cutouts", *FAST, "--json"]) == 0
+    return out
+
+
+@pytest.fixture
+def masks(png):
+    """The masks of `png` by key: uint8 (40, 56)."""
+    files = json.loads((png / "segmentation.json").read_text())["files"]
+    found = {key: cw.read_mask(png / file).numpy() for key, file in files.items()}
+    assert 0 < np.mean(list(found.values())) < 1
+    return found
+
+
+# Formats.
+
+
+def test_png_masks_their_boxes_and_cutouts(capsys, png, masks, trained, photos):
+    rows = table(png / "boxes.csv")
+    assert [row["key"] for row in rows] == list(masks)
+    said = json.loads(run(capsys, "predict", trained, photos / "val", "--json")[1])["pictures"]
+    said = {row["picture"]: row["predictions"][0] for row in said}
+    for row, (key, mask) in zip(rows, masks.items(), strict=True):
+        ys, xs = np.nonzero(mask)
+        box = (xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min())
+        assert tuple(int(row[name]) for name in ("x", "y", "width", "height")) == box
+        assert float(row["share"]) == pytest.approx(mask.mean(), abs=1e-6)
+        first = said[key.removeprefix("val/")]
+        assert row["class"] == first["class"]
+        assert float(row["probability"]) == pytest.approx(first["probability"], abs=1e-3)
+        with Image.open(png / "cutouts" / key) as file:
+            cutout = np.asarray(file)
+        picture = np.asarray(Image.open(photos / key).convert("RGB"))
+        assert (cutout[..., 3] == mask * 255).all()
+        assert (cutout[..., :3] == picture * mask[..., None]).all()
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+def test_coco_holds_the_same_masks(capsys, png, masks, trained, photos, tmp_path):
+    from pycocotools.coco import COCO
+
+    result = segmented(capsys, trained, photos, "--format", "coco", "--out", tmp_path, *FAST)
+    assert result["files"] == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "boxes.csv",
+        "coco.json",
+        "manifest-0.jsonl",
+        "segmentation.json",
+    ]
+    coco = COCO(tmp_path / "coco.json")
+    assert [category["name"] for category in coco.cats.values()] == ["species_0", "species_1", "species_2"]
+    assert [image["file_name"] for image in coco.imgs.values()] == list(masks)
+    rows = {row["key"]: row for row in table(tmp_path / "boxes.csv")}
+    assert table(png / "boxes.csv") == list(rows.values())
+    for image in coco.imgs.values():
+        [annotation] = coco.imgToAnns[image["id"]]
+        mask, row = masks[image["file_name"]], rows[image["file_name"]]
+        assert (coco.annToMask(annotation) == mask).all()
+        assert annotation["bbox"] == [int(row[name]) for name in ("x", "y", "width", "height")]
+        assert coco.cats[annotation["category_id"]]["name"] == row["class"]
+
+
+def test_geojson_holds_outlines_of_the_same_masks(capsys, masks, trained, photos, tmp_path):
+    result = segmented(capsys, trained, photos, "--format", "geojson", "--out", tmp_path, *FAST)
+    assert list(result["files"]) == list(masks)
+    for key, file in result["files"].items():
+        document = json.loads((tmp_path / file).read_text())
+        [feature] = document["features"]
+        assert feature["properties"]["picture"] == key
+        assert feature["properties"]["class"] in ("species_0", "species_1", "species_2")
+        geometry, drawn = feature["geometry"], Image.new("1", (56 * 8, 40 * 8))
+        pieces = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
+        for piece in pieces:
+            for i, ring in enumerate(piece):
+                ImageDraw.Draw(drawn).polygon([(8 * x, 8 * y) for x, y in ring], fill=i == 0)
+        inside = np.asarray(drawn)[4::8, 4::8]  # at the centres of the pixels
+        assert (inside & (masks[key] == 1)).sum() / (inside | (masks[key] == 1)).sum() > 0.93
+
+
+def test_voc_holds_the_same_masks_by_class(capsys, png, masks, trained, photos, tmp_path):
+    result = segmented(capsys, trained, photos, "--format", "voc", "--out", tmp_path, *FAST)
+    rows = {row["key"]: row for row in table(tmp_path / "boxes.csv")}
+    for key, mask in masks.items():
+        path = tmp_path / result["files"][key]
+        assert path == tmp_path / "SegmentationClass" / key
+        assert (cw.read_mask(path).numpy() == mask).all()
+        with Image.open(path) as file:
+            assert file.mode == "P"
+            number = int(np.asarray(file).max())
+        row = rows[key]
+        assert number == 1 + int(row["class"].removeprefix("species_"))
+        thing = ElementTree.parse((tmp_path / "Annotations" / key).with_suffix(".xml")).find("object")
+        assert thing.findtext("name") == row["class"]
+        low = [int(thing.findtext(f"bndbox/{name}")) for name in ("xmin", "ymin")]
+        assert low == [int(row["x"]) + 1, int(row["y"]) + 1]
+        assert int(thing.findtext("bndbox/xmax")) == int(row["x"]) + int(row["width"])
+    assert result["per_image"] == json.loads((png / "segmentation.json").read_text())["per_image"]
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc", "geojson"])
+def test_classes_without_a_name_are_numbered(capsys, photos, tmp_path, kind):
+    options = ["--size", "32", "--format", kind, "--limit", "2", "--pipeline", "classic", *FAST]
+    segmented(capsys, factory(tmp_path), photos, *options, "--out", tmp_path / "out")
+    assert {row["class"] for row in table(tmp_path / "out" / "boxes.csv")} == {"class 2"}
+    if kind == "coco":
+        document = json.loads((tmp_path / "out" / "coco.json").read_text())
+        assert document["categories"][2]["name"] == "class 2"
+        assert {annotation["category_id"] for annotation in document["annotations"]} == {3}
+    else:
+        files = [*(tmp_path / "out").rglob("*.xml"), *(tmp_path / "out").rglob("*.geojson")]
+        assert files
+        assert all("class 2" in file.read_text() for file in files)
+
+
+def test_pictures_and_masks_are_not_replaced_in_the_folders_of_a_format_either(capsys, photos, trained, tmp_path):
+    shutil.copytree(photos / "MASKS", tmp_path / "SegmentationClass")
+    shutil.copytree(photos / "val", tmp_path / "cutouts" / "val")
+    before = contents(tmp_path)
+    wrong = ["segment", trained, photos, "--out", tmp_path, "--overwrite"]
+    told = failure(capsys, *wrong, "--masks", tmp_path / "SegmentationClass", "--format", "voc")
+    assert "would replace" in told
+    wrong[2] = tmp_path / "cutouts"
+    assert "would replace" in failure(capsys, *wrong, "--cutouts")
+    assert contents(tmp_path) == before
+
+
+# What cannot be read.
+
+
+def test_an_unreadable_picture_is_counted_and_the_others_are_done(capsys, png, photos, trained, tmp_path):
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    whole = json.loads((png / "segmentation.json").read_text())
+    key = list(whole["per_image"])[2]
+    (copy / key).write_bytes(b"no picture")
+    result = segmented(capsys, trained, copy, "--out", tmp_path / "out", "--batch-size", "2", *FAST)
+    assert (result["skipped"], result["n"], result["scored"]) == (1, 5, 5)
+    assert result["skipped_pictures"][0][0] == key
+    for other, value in whole["per_image"].items():
+        if other != key:
+            assert result["per_image"][other] == pytest.approx(value, abs=1e-6)
+    assert not (tmp_path / "out" / key).exists()
+    assert key not in {row["key"] for row in table(tmp_path / "out" / "boxes.csv")}
+
+
+def test_where_none_can_be_read_it_is_one_line(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    for path in (copy / "val").rglob("*.png"):
+        path.write_bytes(b"no picture")
+    told = failure(capsys, "segment", trained, copy, "--out", tmp_path / "out")
+    assert "none of 6 can be read" in told
+
+
+def test_no_batch_is_one_line(capsys, photos, trained, tmp_path):
+    for size in ("0", "-1"):
+        told = failure(capsys, "segment", trained, photos, "--out", tmp_path / "out", "--batch-size", size)
+        assert f"--batch-size: {size}; give at least 1" in told
+
+
+# A killed call.
+
+
+def killed_after(monkeypatch, blocks):
+    """Let Ctrl-C come in the middle of a block, when so many are done; the blocks that are made, by their keys."""
+    block, made = segment.Work.block, []
+
+    def interrupted(self, pictures, fine):
+        if len(made) == blocks:
+            raise KeyboardInterrupt
+        made.append(pictures.keys)
+        return block(self, pictures, fine)
+
+    monkeypatch.setattr(segment.Work, "block", interrupted)
+    return made
+
+
+def without_speed(path):
+    return re.sub(r'"pictures_per_s": .*', "", path.read_text())
+
+
+@pytest.mark.parametrize(("blocks", "torn", "more"), [(2, True, []), (1, False, ["--format", "coco"])])
+def test_a_killed_call_goes_on_to_the_same_bytes(capsys, photos, trained, tmp_path, monkeypatch, blocks, torn, more):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    tear(copy / "val" / "species_0" / "zzz.png", photos)  # what is skipped is told again
+    call = [trained, copy, "--batch-size", "2", *more]
+    segmented(capsys, *call, "--out", whole)
+    with monkeypatch.context() as patch:
+        killed_after(patch, blocks)
+        code, _, err = run(capsys, "segment", *call, "--out", part)
+    assert code == 1
+    assert "stopped by Ctrl-C" in err
+    assert not (part / "segmentation.json").exists()
+    if torn:  # and a power cut in the middle of the next line
+        with (part / "manifest-0.jsonl").open("a") as file:
+            file.write('{"unscored": [], "pictures": [{"key": "val/spec')
+    with monkeypatch.context() as patch:
+        made = killed_after(patch, 99)
+        result = segmented(capsys, *call, "--out", part, "--resume")
+    assert len(made) == 4 - blocks  # the rest alone: 7 pictures, two a block
+    assert result["n"] == 6
+    assert result["skipped"] == 1
+    assert without_speed(part / "segmentation.json") == without_speed(whole / "segmentation.json")
+    names = ("segmentation.json", "manifest-0.jsonl")
+    assert contents(part, but=names) == contents(whole, but=names)
+
+
+def test_a_call_that_is_done_is_done_again_by_reading(capsys, photos, trained, tmp_path, monkeypatch):
+    call = [trained, photos, "--limit", "3", "--out", tmp_path, *FAST]
+    segmented(capsys, *call)
+    before = without_speed(tmp_path / "segmentation.json")
+    killed_after(monkeypatch, 0)
+    assert segmented(capsys, *call, "--resume")["pictures_per_s"] is None
+    assert without_speed(tmp_path / "segmentation.json") == before
+    code, text, _ = run(capsys, "segment", *call, "--resume")
+    assert code == 0
+    assert "3 masks" in text
+    assert "pictures/s" not in text
+
+
+def test_other_settings_are_not_joined(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    out = tmp_path / "out"
+    call = ["segment", copy, photos, "--out", out, "--limit", "3", *FAST]
+    assert run(capsys, *call)[0] == 0
+    before = contents(out)
+    told = failure(capsys, *call, "--resume", "--threshold", "mean")
+    assert f"--resume: {out}; what is there was made with another threshold; use --overwrite" in told
+    assert "another baselines" in failure(capsys, *call[:-1], "--resume")
+    assert "choose one of them" in failure(capsys, *call, "--resume", "--overwrite")
+    assert "exists and is not empty" in failure(capsys, *call)
+    assert contents(out) == before
+    assert run(capsys, *call, "--resume", "--batch-size", "1", "--device", "cpu")[0] == 0  # these change no mask
+    network = cw.Run.load(copy)
+    network.model.mean.add_(0.01)
+    network.save_weights(network.model.state_dict())
+    assert "another weights_sha256" in failure(capsys, *call, "--resume")
+
+
+def test_overwriting_forgets_what_was_there(capsys, photos, trained, tmp_path):
+    segmented(capsys, trained, photos, "--out", tmp_path, *FAST)
+    (tmp_path / "manifest-1.jsonl").write_text((tmp_path / "manifest-0.jsonl").read_text())  # of another process
+    segmented(capsys, trained, photos, "--out", tmp_path, "--overwrite", "--limit", "1", "--format", "coco", *FAST)
+    result = segmented(capsys, trained, photos, "--out", tmp_path, "--overwrite", "--limit", "2", *FAST)
+    assert len(result["per_image"]) == result["n"] == 2
+    assert not (tmp_path / "coco.json").exists()
+    assert not (tmp_path / "manifest-1.jsonl").exists()
+
+
+# Several processes.
+
+
+def test_two_processes_make_what_one_makes(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    tear(copy / "val" / "species_2" / "zzz.png", photos)
+    call = [trained, copy, "--batch-size", "3", "--device", "cpu"]
+    one = segmented(capsys, *call, "--out", tmp_path / "one")
+    two = segmented(capsys, *call, "--out", tmp_path / "two", "--devices", "2")
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.jsonl")) == ["manifest-0.jsonl", "manifest-1.jsonl"]
+    assert one.keys() == two.keys()
+    assert list(one["per_image"]) == list(two["per_image"])
+    assert one["skipped_pictures"] == two["skipped_pictures"]
+    assert one["per_image"] == pytest.approx(two["per_image"], abs=0.02)  # a batch of another size rounds otherwise
+    assert one["mean_iou"] == pytest.approx(two["mean_iou"], abs=0.005)
+    assert one["ci95"] == pytest.approx(two["ci95"], abs=0.01)
+    assert one["baselines"] == pytest.approx(two["baselines"], abs=0.01)
+    assert one["curve"]["n"] == two["curve"]["n"] == 6
+    assert one["curve"]["mean_iou"] == pytest.approx(two["curve"]["mean_iou"], abs=1e-3)
+    assert [row["key"] for row in table(tmp_path / "one" / "boxes.csv")] == [
+        row["key"] for row in table(tmp_path / "two" / "boxes.csv")
+    ]
+    again = segmented(capsys, *call, "--out", tmp_path / "two", "--resume")  # one process goes on with what two did
+    assert again["per_image"] == two["per_image"]
+
+
+# Calibration.
+
+
+def test_pictures_that_calibrate_are_not_scored(capsys, photos, trained, tmp_path):
+    result = segmented(capsys, trained, photos, "--calibrate", "2", "--out", tmp_path)
+    assert result["masks_used_for_calibration"] == 2
+    assert result["threshold"]["chosen_on"]["masks"] == 2
+    config = SegmentConfig(run=str(trained), data=str(photos), out="", calibrate=2)
+    held = held_out(config, cw.open_data(photos).splits["val"])
+    assert len(held) == 2
+    assert len(result["per_image"]) == result["scored"] == 4
+    assert not held & set(result["per_image"])
+    for name in ("everything", "edge-map", "untrained-network"):
+        assert result["baseline_per_image"][name].keys() == result["per_image"].keys()
+    assert json.loads((tmp_path / "segmentation.json").read_text())["masks_used_for_calibration"] == 2
+
+
+def test_layers_that_are_named_are_kept_when_calibrating(capsys, photos, trained, tmp_path):
+    layers = "layer1,layer2,layer3.0,layer3"  # more than the network has resolutions
+    result = segmented(capsys, trained, photos, "--layers", layers, "--out", tmp_path / "one", *FAST)
+    assert result["threshold"]["layers"] == layers.split(",")
+    options = ["--layers", "layer2", "--calibrate", "3", "--out", tmp_path / "two", *FAST]
+    result = segmented(capsys, trained, photos, *options)
+    assert result["threshold"]["layers"] == ["layer2"]
+    assert result["masks_used_for_calibration"] == 3
+
+
+def test_calibration_must_leave_something_to_score(capsys, photos, trained, tmp_path):
+    def refused(data, *options):
+        return failure(capsys, "segment", trained, data, "--out", tmp_path / "out", *options)
+
+    for count in ("6", "7", "-1"):
+        assert f"--calibrate: {count}; give 1 to 5" in refused(photos, "--calibrate", count)
+    bare = shutil.copytree(photos, tmp_path / "bare")
+    shutil.rmtree(bare / "MASKS")
+    assert "--calibrate: 2; there are no masks" in refused(bare, "--calibrate", "2")
+    assert "give 1 to 1" in refused(photos, "--limit", "2", "--calibrate", "2")
+    assert not (tmp_path / "out").exists()
+
+
+# The decoder.
+
+SHORT = decoder.Course(pictures=9, steps=3, batch=4, width=4)
+
+
+@pytest.fixture
+def lessons(monkeypatch):
+    """A course of three steps; the calls of `teach`."""
+    taught, teach = [], functools.partial(decoder.teach, course=SHORT)
+
+    def counted(run, *args):
+        taught.append(run.path)
+        return teach(run, *args)
+
+    monkeypatch.setattr(decoder, "teach", counted)
+    return taught
+
+
+def test_the_decoder_is_trained_once_for_the_weights_of_a_run(capsys, photos, trained, tmp_path, lessons):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    call = [copy, photos, "--pipeline", "decoder", *FAST]
+    first = segmented(capsys, *call, "--out", tmp_path / "one")
+    assert len(lessons) == 1
+    assert first["pipeline"] == "decoder"
+    assert first["threshold"]["how"] == "probability"
+    assert first["threshold"]["value"] == 0.5
+    assert first["masks_used_for_calibration"] is False
+    about = first["threshold"]["decoder"]
+    assert about["weights_sha256"] == first["weights_sha256"]
+    assert (about["pictures"], about["masks_used"]) == (9, 0)
+    assert len(first["per_image"]) == 6
+
+    segmenter = cw.Run.load(copy).load_segmenter()
+    assert first["threshold"]["layers"] == list(segmenter.layers)
+    samples = cw.open_data(photos).splits["val"]
+    [batch] = cw.load_pictures(samples, 32, fit="squash").batches(6)
+    with torch.inference_mode():
+        shares = cw.restore(segmenter(batch.images)[1].sigmoid(), batch.geometry)
+    for sample, share in zip(samples, shares, strict=True):
+        mask = cw.read_mask(tmp_path / "one" / first["files"][sample.key])
+        assert ((share > 0.5) != mask).float().mean() < 0.05  # bfloat16 in the job, where the processor has it
+
+    second = segmented(capsys, *call, "--out", tmp_path / "two")
+    assert len(lessons) == 1
+    assert second["per_image"] == first["per_image"]
+    segmented(capsys, *call, "--out", tmp_path / "three", "--retrain")
+    assert len(lessons) == 2
+
+    network = cw.Run.load(copy)
+    network.model.mean.add_(0.05)
+    network.save_weights(network.model.state_dict())
+    code, _, err = run(capsys, "segment", *call, "--out", tmp_path / "four")
+    assert code == 0
+    assert "the decoder is of earlier weights" in err
+    assert len(lessons) == 3
+    assert cw.Run.load(copy).decoder_about()["weights_sha256"] != about["weights_sha256"]
+
+
+def test_masks_of_two_decoders_are_not_joined(capsys, photos, trained, tmp_path, lessons):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    call = [copy, photos, "--pipeline", "decoder", "--limit", "2", "--out", tmp_path / "out", *FAST]
+    segmented(capsys, *call)
+    segmented(capsys, *call, "--resume", "--retrain")  # what is done was made with the decoder that is there
+    assert len(lessons) == 1
+    run_ = cw.Run.load(copy)
+    segmenter = run_.load_segmenter()
+    segmenter.decoder.head.bias.data.add_(1)
+    run_.save_decoder(segmenter, run_.decoder_about())
+    assert "decoder_sha256; use --overwrite" in failure(capsys, "segment", *call, "--resume")
+
+
+def test_the_decoder_is_there_before_several_processes_start(capsys, photos, trained, tmp_path, lessons, monkeypatch):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+
+    def started(function, config, **kwargs):
+        assert decoder.has_decoder(cw.Run.load(copy))  # or all would wait for one of them
+        assert (function, kwargs["devices"], config.retrain) == (segment.segment, 2, False)
+        return {"json": {}, "text": ""}
+
+    monkeypatch.setattr(segment, "in_processes", started)
+    call = [copy, photos, "--pipeline", "decoder", "--devices", "2", "--device", "cpu", "--out", tmp_path / "out"]
+    segmented(capsys, *call, "--retrain")
+    assert len(lessons) == 1
+    monkeypatch.setattr(decoder, "is_child", lambda: True)
+    (copy / "decoder.safetensors").unlink()
+    with pytest.raises(cw.ClearwingError, match="has to be trained by one process first"):
+        decoder.decoder_of(cw.Run.load(copy), "cpu", False, None)
+
+
+def test_the_decoders_threshold_is_calibrated(capsys, photos, trained, tmp_path, lessons):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    options = ["--pipeline", "decoder", "--calibrate", "3", "--out", tmp_path / "out"]
+    result = segmented(capsys, copy, photos, *options)
+    assert result["masks_used_for_calibration"] == 3
+    assert result["threshold"]["how"] == "probability"
+    assert 0 <= result["threshold"]["value"] <= 1
+    assert len(result["per_image"]) == 3
+    assert set(result["baselines"]) >= {"everything", "edge-map", "untrained-network"}
+
+
+def test_what_the_decoder_does_not_take_is_refused(capsys, photos, trained, tmp_path, lessons):
+    def refused(model, *options):
+        call = ["segment", model, photos, "--out", tmp_path / "out", "--pipeline", "decoder", *options]
+        return failure(capsys, *call)
+
+    told = refused(factory(tmp_path), "--size", "32")
+    assert "--pipeline: decoder; is trained for a RUN; give one, or take refine" in told
+    assert "--threshold: mean; the decoder has none" in refused(trained, "--threshold", "mean")
+    assert "--method: saliency; the decoder has none" in refused(trained, "--method", "saliency")
+    assert "--calibrate: 6" in refused(trained, "--calibrate", "6")
+    assert lessons == []
+
+
+# Masks without a folder.
+
+
+def test_a_recipe_fits_the_network_it_meets():
+    recipe = Recipe("layer-cam", layers=3, weights=(0.1, 0.2, 0.3))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 16, 16, generator=generator)
+    assert fitted(recipe, cw.build("resnet8", 3, widths=(4, 4, 8)).eval(), images)[1] == ["layer1", "layer2", "layer3"]
+    small = cw.wrap(
+        torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3, 2, 1),
+            torch.nn.ReLU(),
+            torch.nn.Conv2d(4, 4, 3, 2, 1),
+            torch.nn.ReLU(),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+            torch.nn.Linear(4, 3),
+        )
+    ).eval()
+    changed, layers = fitted(recipe, small, images)
+    assert len(layers) == changed.layers == 2  # it has no more
+    assert changed.weights == (0.2, 0.3)  # those of the deepest
+    sizes = [cw.record(small, images, [layer]).features[layer].shape[2] for layer in layers]
+    assert sizes == [8, 4]  # shallow to deep
+    at_input = Recipe("saliency")
+    assert fitted(at_input, small, images) == (at_input, [])
+
+
+def test_free_masks_of_a_classifier(trained, photos):
+    model = cw.Run.load(trained).model
+    [batch] = cw.load_pictures(cw.open_data(photos).splits["val"], 32, fit="squash").batches(6)
+    for pipeline in ("refine", "classic"):
+        recipe, layers = fitted(RECIPES[pipeline], model, batch.images)
+        found = explained(model, recipe, batch, layers)
+        made = free_masks(model, batch.images, pipeline)
+        assert (made.shape, made.dtype) == ((6, 32, 32), torch.uint8)
+        assert torch.equal(made, segment_with(recipe, found, batch.images).masks)
+        assert torch.equal(free_masks(model, batch, pipeline), made)
+        assert 0 < made.float().mean() < 1
+    assert torch.equal(free_masks(model, batch), free_masks(model, batch, "refine"))
+    with pytest.raises(cw.ClearwingError, match="pipeline: refined; did you mean refine"):
+        free_masks(model, batch, "refined")
+
+
+def test_free_masks_of_a_segmenter(trained):
+    torch.manual_seed(0)
+    model = cw.Run.load(trained).model
+    segmenter = Segmenter(model, Decoder((4, 8, 8), 4), ["layer1", "layer2", "layer3"]).train()
+    before = {name: value.clone() for name, value in segmenter.state_dict().items()}
+    images = torch.rand(2, 3, 32, 32)
+    made = free_masks(segmenter, images)
+    assert (made.shape, made.dtype) == ((2, 32, 32), torch.uint8)
+    assert segmenter.training  # as it was
+    assert segmenter.decoder.training
+    assert all(torch.equal(value, before[name]) for name, value in segmenter.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(made, (segmenter.eval()(images)[1] > 0).byte())
+
+
+def test_a_decoder_file_is_of_the_decoder_alone(capsys, photos, trained, tmp_path, lessons):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    segmented(capsys, copy, photos, "--pipeline", "decoder", "--limit", "1", "--out", tmp_path / "out", *FAST)
+    held = load_file(copy / "decoder.safetensors")
+    assert not any(name.startswith("model") for name in held)
+    assert sum(value.numel() for value in held.values()) < 3000

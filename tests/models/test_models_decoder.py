@@ -1,0 +1,207 @@
+"""Decoder and Segmenter: shapes, the classifier untouched, nothing left behind."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from clearwing.models.decoder import CONTEXT, Decoder, Segmenter
+from clearwing.models.zoo import build
+from clearwing.types import ClearwingError
+
+LAYERS = ["layer1", "layer2", "layer3"]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    network = build("resnet8", 3, widths=(4, 6, 8), input_size=24)
+    for module in network.modules():  # as if trained: what batch norm keeps matters
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return network.eval()
+
+
+@pytest.fixture
+def segmenter(model):
+    torch.manual_seed(1)
+    return Segmenter(model, Decoder((4, 6, 8), width=5), LAYERS).eval()
+
+
+def pictures(n=3, size=24, seed=0):
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def hooks(module):
+    return [hook for part in module.modules() for hook in (*part._forward_hooks, *part._forward_pre_hooks)]
+
+
+class Listening(Decoder):
+    """A decoder that keeps what it was given."""
+
+    def forward(self, features):
+        self.given = [x.clone() for x in features]
+        return super().forward(features)
+
+
+# Decoder.
+
+
+@pytest.mark.parametrize("width", [1, 7])
+def test_a_decoder_gives_one_logit_a_place_of_the_finest_features(width):
+    decoder = Decoder((4, 6, 8), width)
+    features = [torch.randn(5, 4, 32, 24), torch.randn(5, 6, 16, 12), torch.randn(5, 8, 8, 6)]
+    logits = decoder(features)
+    assert logits.shape == (5, 32, 24)
+    assert logits.min() < 0 or logits.max() > 0
+    assert (decoder.channels, decoder.width) == ((4, 6, 8), width)
+
+
+@pytest.mark.parametrize("sides", [[(33, 21), (17, 11), (9, 6)], [(7, 7)], [(5, 9), (1, 1)]])
+def test_features_may_have_any_sizes(sides):
+    decoder = Decoder((3,) * len(sides), 4).eval()
+    features = [torch.randn(2, 3, *side) for side in sides]
+    assert decoder(features).shape == (2, *sides[0])
+
+
+def test_every_level_reaches_the_mask():
+    torch.manual_seed(0)
+    decoder = Decoder((3, 3, 3), 4).double().eval()
+    features = [torch.randn(1, 3, side, side, dtype=torch.float64, requires_grad=True) for side in (16, 8, 4)]
+    decoder(features).sum().backward()
+    assert all(x.grad.abs().sum() > 0 for x in features)
+    decoder.zero_grad()
+    features[0].grad = None
+    decoder(features)[0, 0, 0].backward()
+    assert features[2].grad[0, :, -1, -1].abs().sum() > 0  # the context: from corner to corner
+    assert len(decoder.below) == CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((),), r"channels: \(\); give the channels of at least one layer"),
+        (((4, 0),), r"channels: \(4, 0\)"),
+        (((4,), 0), "width: 0; give a number of at least 1"),
+    ],
+)
+def test_wrong_settings_are_refused(arguments, message):
+    with pytest.raises(ClearwingError, match=message):
+        Decoder(*arguments)
+
+
+# Segmenter.
+
+
+@pytest.mark.parametrize("size", [24, 27])  # and one that no stride divides
+def test_the_logits_are_exactly_the_classifiers_and_the_mask_has_the_pictures_size(model, segmenter, size):
+    images = pictures(size=size)
+    with torch.no_grad():
+        expected = model(images)
+        logits, masks = segmenter(images)
+    assert torch.equal(logits, expected)
+    assert masks.shape == (3, size, size)
+
+
+def test_layers_may_be_named_as_the_classifier_or_its_backbone_knows_them(model, segmenter):
+    other = Segmenter(model, segmenter.decoder, [f"backbone.{layer}" for layer in LAYERS]).eval()
+    with torch.no_grad():
+        assert torch.equal(other(pictures())[1], segmenter(pictures())[1])
+
+
+def test_a_layer_that_is_not_there_is_refused(model):
+    with pytest.raises(ClearwingError, match="layers: layer9; the classifier has no such module"):
+        Segmenter(model, Decoder((4, 8)), ["layer1", "layer9"])
+    with pytest.raises(ClearwingError, match=r"layers: \('layer1',\); the decoder takes 2"):
+        Segmenter(model, Decoder((4, 8)), ["layer1"])
+
+
+def test_a_batch_equals_one_by_one(segmenter):
+    segmenter.double()
+    images = pictures().double()
+    with torch.inference_mode():
+        logits, masks = segmenter(images)
+        alone = [segmenter(images[i : i + 1]) for i in range(3)]
+    torch.testing.assert_close(torch.cat([one[0] for one in alone]), logits, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat([one[1] for one in alone]), masks, rtol=0, atol=1e-12)
+
+
+def test_an_in_place_relu_behind_a_layer_does_not_change_its_features():
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    network = nn.Sequential(first, nn.ReLU(inplace=True), last, nn.ReLU(inplace=True), head).eval()
+    listening = Listening((4, 4), 3)
+    segmenter = Segmenter(network, listening, ["0", "2"]).eval()
+    images = pictures()
+    with torch.no_grad():
+        logits, _ = segmenter(images)
+        features = [first(images)]
+        features.append(last(features[0].relu()))
+        assert features[0].min() < 0
+        for given, expected in zip(listening.given, features, strict=True):
+            assert torch.equal(given, expected)
+        assert torch.equal(logits, network(images))
+
+
+def test_no_hooks_are_left_behind(model, segmenter):
+    segmenter(pictures())
+    assert not hooks(segmenter)
+    with pytest.raises(ClearwingError, match="images"):
+        segmenter(torch.rand(2, 5, 24, 24))  # the classifier refuses it
+    assert not hooks(segmenter)
+
+    def broken(*_):
+        raise RuntimeError("half way")
+
+    handle = model.backbone.layer3.register_forward_hook(broken)  # after the others have been heard
+    with pytest.raises(RuntimeError, match="half way"):
+        segmenter(pictures())
+    handle.remove()
+    assert not hooks(segmenter)
+    segmenter.decoder.head = nn.Conv2d(99, 1, 1)
+    with pytest.raises(RuntimeError):
+        segmenter(pictures())
+    assert not hooks(segmenter)
+
+
+def test_the_classifier_is_never_trained(model, segmenter):
+    before = copy.deepcopy(model.state_dict())
+    segmenter.train()
+    assert segmenter.decoder.training
+    assert not any(part.training for part in model.modules())
+    optimizer = torch.optim.SGD(segmenter.parameters(), lr=0.1)
+    for seed in range(2):
+        logits, masks = segmenter(pictures(seed=seed))
+        assert not logits.requires_grad
+        masks.square().mean().backward()
+        optimizer.step()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in segmenter.decoder.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert any(int(value) for name, value in segmenter.decoder.state_dict().items() if "num_batches" in name)
+    segmenter.eval()
+    assert not any(part.training for part in segmenter.modules())
+
+
+def test_a_training_classifier_is_set_to_evaluation(model):
+    segmenter = Segmenter(model.train(), Decoder((4,)), ["layer1"])
+    assert not any(part.training for part in model.modules())
+    assert segmenter.training
+
+
+def test_a_deep_copy_stands_alone(segmenter):
+    twin = copy.deepcopy(segmenter)
+    with torch.no_grad():
+        expected = segmenter(pictures())
+        assert all(torch.equal(a, b) for a, b in zip(twin(pictures()), expected, strict=True))
+        for parameter in twin.parameters():  # what the copy hears is its own classifier's
+            parameter.mul_(2)
+        changed = twin(pictures())
+        assert not torch.equal(changed[1], expected[1])
+        assert all(torch.equal(a, b) for a, b in zip(segmenter(pictures()), expected, strict=True))
+    inside = set(map(id, twin.modules()))
+    assert all(id(module) in inside for module in twin._modules_of_layers)
+    assert not hooks(twin)
