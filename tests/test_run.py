@@ -291,6 +291,14 @@ def test_weights_of_something_else_are_no_decoder(taught):
         run.load_segmenter()
 
 
+def test_weights_that_do_not_fit_what_the_decoder_says_of_itself_are_refused(taught):
+    run, segmenter = taught
+    segmenter.decoder.width += 1
+    run.save_decoder(segmenter, {})
+    with pytest.raises(cw.ClearwingError, match=r"does not fit what it says of itself .* delete it"):
+        run.load_segmenter()
+
+
 def test_overwriting_a_run_takes_its_decoder_along(taught):
     run, _ = taught
     Run.create(run.path, overwrite=True).clear()

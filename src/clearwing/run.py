@@ -161,7 +161,10 @@ class Run:
         made = self._decoder_metadata("made")
         with torch.random.fork_rng(devices=[]):
             decoder = Decoder(made["channels"], made["width"])
-        decoder.load_state_dict(load_file(path))
+        try:
+            decoder.load_state_dict(load_file(path))
+        except (SafetensorError, RuntimeError) as error:
+            raise ClearwingError("run", path, f"does not fit what it says of itself ({error}); delete it") from error
         segmenter = Segmenter(self.load_model(weights), decoder, made["layers"])
         return segmenter.to(memory_format=torch.channels_last).eval()
 

@@ -42,13 +42,15 @@ def summary():
 
 
 def scenes(n=5, seed=0):
-    """Maps and truths of n pictures of different sizes; one truth is empty."""
+    """Maps and truths of n pictures of different sizes; one truth is empty, and a larger piece may be elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     maps, truths = [], []
     for i in range(n):
         y, x = torch.meshgrid(torch.arange(20 + i), torch.arange(24 - i), indexing="ij")
-        disc = (y - 9) ** 2 + (x - 8 - i) ** 2 < 36
-        maps.append(2 * disc.roll((1, -2), (0, 1)).float() + torch.randn(disc.shape, generator=generator) / 2)
+        disc = (y - 9) ** 2 + (x - 8 - i) ** 2 < 25
+        shown = disc.roll((1, -2), (0, 1)).float()
+        shown[16:] = 1.5 * (i % 2)
+        maps.append(2 * shown + torch.randn(disc.shape, generator=generator) / 4)
         truths.append(disc.byte() * (i != 3))
     return maps, truths
 

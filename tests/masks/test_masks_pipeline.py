@@ -191,11 +191,20 @@ def test_finer_pictures_than_the_maps_are_cut_at_their_own_size():
     assert result.masks.shape == truth.shape
     assert min(overlap(result.masks.bool(), truth)) > 0.95
 
-    fine = blur(resized(maps, (96, 96)), 0.05 * 96)  # step by step
+
+def test_the_recipe_step_by_step_where_every_step_shows():
+    images = torch.rand(3, 3, 60, 96, generator=torch.Generator().manual_seed(1))
+    maps = torch.rand(3, 30, 48, generator=torch.Generator().manual_seed(2))
+    recipe = replace(PLAIN, blur=0.1, sure_foreground=0.9, keep=0.5, fill=True)
+    fine = blur(resized(maps, (60, 96)), 0.1 * 60)
     codes = seeds(fine, binarize(fine, "mean"), sure_foreground=0.9, sure_background=0.2)
-    masks, _ = grabcut(images, codes, iterations=2)
+    masks, fell_back = grabcut(images, codes, iterations=2)
     expected = clean(masks, fine, share=0.5, fill=True)
+    result = segment_with(recipe, maps, images)
     assert torch.equal(result.masks.bool(), expected)
+    assert torch.equal(result.fell_back, fell_back)
+    for one in ({"blur": 0.05}, {"sure_foreground": 0.5}, {"sure_background": 0.4}, {"iterations": 1}, {"keep": 0.0}):
+        assert not torch.equal(segment_with(replace(recipe, **one), maps, images).masks, result.masks), one
 
 
 def test_without_grabcut_the_maps_are_enlarged_before_the_threshold():
