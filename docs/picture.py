@@ -14,7 +14,7 @@ METHODS = ["saliency", "guided-backprop", "grad-cam", "layer-cam"]
 ROWS = 4
 
 run = cw.Run.load(sys.argv[1])
-folder = Path(sys.argv[1], "masks", "default")
+folder = Path(sys.argv[1], "masks", "refine")
 found = read_json(folder / "segmentation.json")
 samples = {sample.key: sample for sample in inputs.open_run_data(run, None).splits["test"]}
 # Evenly spread over the IoUs, best to worst quarter: neither the best alone nor the worst.
