@@ -57,7 +57,8 @@ def calibrated(
     about: dict[str, Any] = {"masks": len(pictures)}
     if config.pipeline == "decoder" and loaded.run is not None:
         masker = DecoderMasker(loaded.run.load_segmenter().to(device), make_fabric(config.device).autocast)
-        curve = threshold_curve(restore(masker(batch, finer).masks.cpu(), batch.geometry), truths, bins=100)
+        shares, _ = masker.shares(batch)  # before small pieces and holes are mended, which goes by the threshold
+        curve = threshold_curve(restore(shares.cpu(), batch.geometry), truths, bins=100)
         best, cut = curve.peak
         return recipe, list(layers), cut, about | {"mean_iou": best, "tried": 100}
     tried: list[tuple[float, Recipe, list[str]]] = []

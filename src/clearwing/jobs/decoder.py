@@ -32,7 +32,7 @@ LEVELS = 5
 
 @dataclass(frozen=True)
 class Course:
-    """How a decoder is taught. Chosen on the drawn data set."""
+    """How a decoder is taught. Usual values, set without a search."""
 
     pictures: int = 4000  # at the most, spread over the training pictures
     steps: int = 500

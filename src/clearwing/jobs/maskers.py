@@ -62,14 +62,18 @@ class DecoderMasker:
     cut: float = 0.5  # the probability from which on a place is foreground
 
     @torch.inference_mode()
-    def __call__(self, batch: Batch, fine: Batch) -> Masked:
+    def shares(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The foreground's probability (N, H, W) and the logits (N, K)."""
         with self.autocast():
             logits, masks = self.segmenter(batch.images)
-        shares = masks.float().sigmoid()
+        return masks.float().sigmoid(), logits.float()
+
+    def __call__(self, batch: Batch, fine: Batch) -> Masked:
+        shares, logits = self.shares(batch)
         found = shares > self.cut
         whole = clean(found, shares, share=RECIPES["refine"].keep, fill=True)  # no small pieces, no holes
         made = torch.where(found == whole, shares, whole.float())
-        return Masked(made, empty=~found.flatten(1).any(1), logits=logits.float(), maps=shares)
+        return Masked(made, empty=~found.flatten(1).any(1), logits=logits, maps=shares)
 
 
 def explained(

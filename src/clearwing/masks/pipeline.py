@@ -50,7 +50,8 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    # Chosen on drawn pictures' masks, like VOTERS; benchmarks/masks.py shows the neighbours of each number.
+    # The numbers were chosen on drawn pictures' masks, rounds and size by the time they take; benchmarks/RESULTS.md
+    # tells what else was seen, benchmarks/masks.py shows the neighbours of each number.
     "refine": Recipe(
         method="layer-cam",
         layers=2,
@@ -77,7 +78,8 @@ VOTERS: tuple[Recipe, ...] = (
     replace(_REFINE, method="hires-cam"),
     replace(_REFINE, weights=(1.0, 1.0), threshold="percentile:80", sure_foreground=0.97),
 )
-"""What teaches the decoder: neighbours of `refine`, each as good as they come, that err on different pictures."""
+"""What teaches the decoder: `refine` and neighbours that differ from it in layers, method and threshold, so that where
+they agree is worth more. They were written down, not searched for."""
 
 
 @dataclass(frozen=True)
