@@ -57,3 +57,12 @@ def trained(tmp_path_factory, photos) -> Path:
     options = ["--model", "resnet8", "--widths", "4", "8", "8", "--size", "32", "--epochs", "2"]
     assert main(["train", str(photos), "--out", str(out), *options, "--json"]) == 0
     return out
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Two would wait for each other longer than they work on pictures as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

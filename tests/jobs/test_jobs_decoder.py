@@ -16,17 +16,9 @@ from clearwing.masks.pipeline import VOTERS, segment_with
 from clearwing.train.devices import make_fabric
 from clearwing.train.masks import with_masks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 SHORT = Course(pictures=9, steps=3, batch=4, width=4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two would wait for each other longer than they work on pictures as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,14 @@
-"""The command `segment`: its formats, what it skips, its resumption, its processes, its pipelines."""
+"""The command `segment`: what it skips, its resumption, its processes, its pipelines."""
 
-import csv
 import functools
 import json
 import re
 import shutil
-from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file
+from segmenting import FAST, contents, factory, segmented, table
 
 import clearwing as cw
 from clearwing.config import SegmentConfig
@@ -22,18 +19,7 @@ from clearwing.masks.pipeline import RECIPES, Recipe, segment_with
 from clearwing.models.decoder import Decoder, Segmenter
 from commands import failure, run
 
-FAST = ["--no-baselines"]
-
-
-def segmented(capsys, *argv):
-    """The result of a call that must do."""
-    code, text, err = run(capsys, "segment", *argv, "--json")
-    assert code == 0, text + err
-    return json.loads(text)
-
-
-def contents(folder, *, but=()):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in but}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tear(path, folder):
@@ -42,172 +28,12 @@ def tear(path, folder):
     path.write_bytes(whole[: len(whole) // 2])
 
 
-def table(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def factory(folder):
-    """`file.py:factory` of a network that is no run, of four classes without a name."""
-    (folder / "mine.py").write_text(
-        "import torch\n"
-        "def make():\n"
-        "    torch.manual_seed(1)\n"
-        "    first, last = torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Conv2d(8, 8, 3, 2, 1)\n"
-        "    head = torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4)\n"
-        "    net = torch.nn.Sequential(first, torch.nn.ReLU(), last, torch.nn.ReLU(), *head)\n"
-        "    net[-1].bias.data = torch.tensor([0.0, 0.0, 9.0, 0.0])\n"
-        "    return net.eval()\n"
-    )
-    return f"{folder / 'mine.py'}:make"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two would wait for each other longer than they work on pictures as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def png(tmp_path_factory, trained, photos):
-    """Masks of val as PNG files, and segmentation.json: what the other formats must say, too."""
-    from clearwing.cli import main
-
-    out = tmp_path_factory.mktemp("png")
-    assert main(["segment", str(trained), str(photos), "--out", str(out), "--cutouts", *FAST, "--json"]) == 0
-    return out
-
-
-@pytest.fixture
-def masks(png):
-    """The masks of `png` by key: uint8 (40, 56)."""
-    files = json.loads((png / "segmentation.json").read_text())["files"]
-    found = {key: cw.read_mask(png / file).numpy() for key, file in files.items()}
-    assert 0 < np.mean(list(found.values())) < 1
-    return found
-
-
-# Formats.
-
-
-def test_png_masks_their_boxes_and_cutouts(capsys, png, masks, trained, photos):
-    rows = table(png / "boxes.csv")
-    assert [row["key"] for row in rows] == list(masks)
-    said = json.loads(run(capsys, "predict", trained, photos / "val", "--json")[1])["pictures"]
-    said = {row["picture"]: row["predictions"][0] for row in said}
-    for row, (key, mask) in zip(rows, masks.items(), strict=True):
-        ys, xs = np.nonzero(mask)
-        box = (xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min())
-        assert tuple(int(row[name]) for name in ("x", "y", "width", "height")) == box
-        assert float(row["share"]) == pytest.approx(mask.mean(), abs=1e-6)
-        first = said[key.removeprefix("val/")]
-        assert row["class"] == first["class"]
-        assert float(row["probability"]) == pytest.approx(first["probability"], abs=1e-3)
-        with Image.open(png / "cutouts" / key) as file:
-            cutout = np.asarray(file)
-        picture = np.asarray(Image.open(photos / key).convert("RGB"))
-        assert (cutout[..., 3] == mask * 255).all()
-        assert (cutout[..., :3] == picture * mask[..., None]).all()
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-def test_coco_holds_the_same_masks(capsys, png, masks, trained, photos, tmp_path):
-    from pycocotools.coco import COCO
-
-    result = segmented(capsys, trained, photos, "--format", "coco", "--out", tmp_path, *FAST)
-    assert result["files"] == {}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "boxes.csv",
-        "coco.json",
-        "manifest-0.jsonl",
-        "segmentation.json",
-    ]
-    coco = COCO(tmp_path / "coco.json")
-    assert [category["name"] for category in coco.cats.values()] == ["species_0", "species_1", "species_2"]
-    assert [image["file_name"] for image in coco.imgs.values()] == list(masks)
-    rows = {row["key"]: row for row in table(tmp_path / "boxes.csv")}
-    assert table(png / "boxes.csv") == list(rows.values())
-    for image in coco.imgs.values():
-        [annotation] = coco.imgToAnns[image["id"]]
-        mask, row = masks[image["file_name"]], rows[image["file_name"]]
-        assert (coco.annToMask(annotation) == mask).all()
-        assert annotation["bbox"] == [int(row[name]) for name in ("x", "y", "width", "height")]
-        assert coco.cats[annotation["category_id"]]["name"] == row["class"]
-
-
-def test_geojson_holds_outlines_of_the_same_masks(capsys, masks, trained, photos, tmp_path):
-    result = segmented(capsys, trained, photos, "--format", "geojson", "--out", tmp_path, *FAST)
-    assert list(result["files"]) == list(masks)
-    for key, file in result["files"].items():
-        document = json.loads((tmp_path / file).read_text())
-        [feature] = document["features"]
-        assert feature["properties"]["picture"] == key
-        assert feature["properties"]["class"] in ("species_0", "species_1", "species_2")
-        geometry, drawn = feature["geometry"], Image.new("1", (56 * 8, 40 * 8))
-        pieces = geometry["coordinates"] if geometry["type"] == "MultiPolygon" else [geometry["coordinates"]]
-        for piece in pieces:
-            for i, ring in enumerate(piece):
-                ImageDraw.Draw(drawn).polygon([(8 * x, 8 * y) for x, y in ring], fill=i == 0)
-        inside = np.asarray(drawn)[4::8, 4::8]  # at the centres of the pixels
-        assert (inside & (masks[key] == 1)).sum() / (inside | (masks[key] == 1)).sum() > 0.93
-
-
-def test_voc_holds_the_same_masks_by_class(capsys, png, masks, trained, photos, tmp_path):
-    result = segmented(capsys, trained, photos, "--format", "voc", "--out", tmp_path, *FAST)
-    rows = {row["key"]: row for row in table(tmp_path / "boxes.csv")}
-    for key, mask in masks.items():
-        path = tmp_path / result["files"][key]
-        assert path == tmp_path / "SegmentationClass" / key
-        assert (cw.read_mask(path).numpy() == mask).all()
-        with Image.open(path) as file:
-            assert file.mode == "P"
-            number = int(np.asarray(file).max())
-        row = rows[key]
-        assert number == 1 + int(row["class"].removeprefix("species_"))
-        thing = ElementTree.parse((tmp_path / "Annotations" / key).with_suffix(".xml")).find("object")
-        assert thing.findtext("name") == row["class"]
-        low = [int(thing.findtext(f"bndbox/{name}")) for name in ("xmin", "ymin")]
-        assert low == [int(row["x"]) + 1, int(row["y"]) + 1]
-        assert int(thing.findtext("bndbox/xmax")) == int(row["x"]) + int(row["width"])
-    assert result["per_image"] == json.loads((png / "segmentation.json").read_text())["per_image"]
-
-
-@pytest.mark.parametrize("kind", ["coco", "voc", "geojson"])
-def test_classes_without_a_name_are_numbered(capsys, photos, tmp_path, kind):
-    options = ["--size", "32", "--format", kind, "--limit", "2", "--pipeline", "classic", *FAST]
-    segmented(capsys, factory(tmp_path), photos, *options, "--out", tmp_path / "out")
-    assert {row["class"] for row in table(tmp_path / "out" / "boxes.csv")} == {"class 2"}
-    if kind == "coco":
-        document = json.loads((tmp_path / "out" / "coco.json").read_text())
-        assert document["categories"][2]["name"] == "class 2"
-        assert {annotation["category_id"] for annotation in document["annotations"]} == {3}
-    else:
-        files = [*(tmp_path / "out").rglob("*.xml"), *(tmp_path / "out").rglob("*.geojson")]
-        assert files
-        assert all("class 2" in file.read_text() for file in files)
-
-
-def test_pictures_and_masks_are_not_replaced_in_the_folders_of_a_format_either(capsys, photos, trained, tmp_path):
-    shutil.copytree(photos / "MASKS", tmp_path / "SegmentationClass")
-    shutil.copytree(photos / "val", tmp_path / "cutouts" / "val")
-    before = contents(tmp_path)
-    wrong = ["segment", trained, photos, "--out", tmp_path, "--overwrite"]
-    told = failure(capsys, *wrong, "--masks", tmp_path / "SegmentationClass", "--format", "voc")
-    assert "would replace" in told
-    wrong[2] = tmp_path / "cutouts"
-    assert "would replace" in failure(capsys, *wrong, "--cutouts")
-    assert contents(tmp_path) == before
-
-
 # What cannot be read.
 
 
-def test_an_unreadable_picture_is_counted_and_the_others_are_done(capsys, png, photos, trained, tmp_path):
+def test_an_unreadable_picture_is_counted_and_the_others_are_done(capsys, photos, trained, tmp_path):
     copy = shutil.copytree(photos, tmp_path / "photos")
-    whole = json.loads((png / "segmentation.json").read_text())
+    whole = segmented(capsys, trained, photos, "--out", tmp_path / "whole", *FAST)
     key = list(whole["per_image"])[2]
     (copy / key).write_bytes(b"no picture")
     result = segmented(capsys, trained, copy, "--out", tmp_path / "out", "--batch-size", "2", *FAST)

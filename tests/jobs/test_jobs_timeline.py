@@ -12,7 +12,7 @@ from clearwing.config import ReportConfig
 from clearwing.data.loader import load_pictures
 from clearwing.data.preprocess import fit_geometry
 from clearwing.data.sources import Sample, open_data
-from clearwing.jobs import report
+from clearwing.jobs import report_seen
 from clearwing.jobs import timeline as T
 from clearwing.models.zoo import build
 from clearwing.run import Run, write_json
@@ -244,7 +244,7 @@ def test_the_report_draws_epochs_from_the_first_to_the_last(photos, model, run):
     for epoch in range(21):
         timeline.after_epoch(model, epoch)
     glances = finished(run, *range(1, 21))
-    found = report.timeline(run, ReportConfig(run="x"))
+    found = report_seen.timeline(run, ReportConfig(run="x"))
     assert [row.true for row in found.rows] == ["species_0", "species_1", "species_2"]
     assert found.rows[0].key == glances[0].keys[0]
     for i, row in enumerate(found.rows):
@@ -261,8 +261,8 @@ def test_the_report_draws_epochs_from_the_first_to_the_last(photos, model, run):
     assert found.mask_iou == {one.epoch: one.mask_iou for one in glances}
     assert found.masked == len(timeline.masked) > 0
     run.config["data"]["where"] = str(photos / "gone")
-    assert report.timeline(run, ReportConfig(run="x")).rows == ()
+    assert report_seen.timeline(run, ReportConfig(run="x")).rows == ()
 
 
 def test_a_run_without_a_timeline_has_none_in_its_report(run):
-    assert report.timeline(run, ReportConfig(run="x")) is None
+    assert report_seen.timeline(run, ReportConfig(run="x")) is None

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from compare_values import NAMES, full_comparison
-from test_show_report import Page, words
 
 from clearwing.show import compare as C
 from clearwing.types import ClearwingError
+from pages import Page, words
 
 
 def page_of(tmp_path, comparison):

@@ -20,7 +20,7 @@ from clearwing.data.preprocess import read_picture
 from clearwing.data.sources import BUILT_IN, Sample
 from clearwing.jobs import inputs
 from clearwing.jobs.progress import Progress
-from clearwing.jobs.report import segmentations
+from clearwing.jobs.report_masks import segmentations
 from clearwing.measure.accuracy import mcnemar, wilson_interval
 from clearwing.run import Run, plain
 from clearwing.show import compare as page

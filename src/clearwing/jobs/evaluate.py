@@ -13,8 +13,9 @@ from torch import Tensor
 from clearwing.config import EvaluateConfig, PredictConfig, SegmentConfig
 from clearwing.data.loader import Pictures
 from clearwing.jobs import inputs
+from clearwing.jobs.mask_results import told_iou
 from clearwing.jobs.progress import Progress
-from clearwing.jobs.segment import segment, told_iou
+from clearwing.jobs.segment import segment
 from clearwing.measure import accuracy as measure
 from clearwing.run import Run, plain, write_json, write_text
 from clearwing.train.devices import make_fabric

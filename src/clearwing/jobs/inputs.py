@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,6 +80,15 @@ def weights_hash(run: Run, weights: str = "last") -> str | None:
     """Sixteen hex digits that change with the run's weights file; None where there is none."""
     path = run.file(WEIGHTS[weights])
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+
+
+def current(run: Run, result: dict[str, Any], name: str, progress: Progress) -> bool:
+    """Whether a result is of the weights that the run holds now, or does not say of which."""
+    held = weights_hash(run, result.get("weights", "last"))
+    if result.get("weights_sha256") in (None, held):
+        return True
+    progress.say(f"note: the results in {name} are of other weights; left out")
+    return False
 
 
 def open_like_run(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clearwing.attribution.layers import find_layer
 from clearwing.attribution.methods import METHODS, explain
 from clearwing.attribution.trace import record
+from clearwing.data.preprocess import restore
 from clearwing.masks import baselines
 from clearwing.masks.pipeline import RECIPES, Recipe, Segmentation, fuse, segment_with
 from clearwing.masks.refine import clean, dilate
@@ -33,6 +34,18 @@ class Masked:
 
 Masker = Callable[[Batch, Batch], Masked]
 """Pictures as the network takes them, and as fine as they are refined, to masks at the size of either."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How a call of `segment` makes masks."""
+
+    masker: Masker
+    rivals: dict[str, Masker]
+    side: int  # of the pictures that are refined
+    threshold: dict[str, Any]
+    calibration: int = 0  # masks that were used to choose
+    cut: float = 0.5  # of probabilities
 
 
 @dataclass
@@ -74,6 +87,20 @@ class DecoderMasker:
         whole = clean(found, shares, share=RECIPES["refine"].keep, fill=True)  # no small pieces, no holes
         made = torch.where(found == whole, shares, whole.float())
         return Masked(made, empty=~found.flatten(1).any(1), logits=logits, maps=shares)
+
+
+def whole(made: Masked, batch: Batch, fine: Batch, cut: float = 0.5) -> list[Tensor]:
+    """Masks in the pictures' own pixels, uint8 (height, width); probabilities are cut there, so that outlines are
+    smooth."""
+    masks = made.masks if made.masks.is_floating_point() else made.masks.byte()
+    full = restored(masks, batch, fine)
+    return [(one > cut).byte() if one.is_floating_point() else one for one in full]
+
+
+def restored(values: Tensor, batch: Batch, fine: Batch) -> list[Tensor]:
+    """Values (N, h, w) at the size of either batch, in the pictures' own pixels, on the CPU."""
+    like = fine if values.shape[1:] == fine.images.shape[2:] else batch
+    return restore(values.cpu(), like.geometry)
 
 
 def explained(

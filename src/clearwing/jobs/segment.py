@@ -9,42 +9,48 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clearwing.attribution.methods import METHODS
 from clearwing.config import SegmentConfig, as_json
 from clearwing.data.loader import Pictures, load_pictures, made_ahead
-from clearwing.data.preprocess import read_mask, read_picture, restore
+from clearwing.data.preprocess import read_mask
 from clearwing.data.sources import ALL, Dataset, Sample, open_data
 from clearwing.jobs import inputs
 from clearwing.jobs.calibrate import calibrated, held_out
 from clearwing.jobs.decoder import decoder_of
 from clearwing.jobs.manifest import Manifest
-from clearwing.jobs.maskers import DecoderMasker, Masked, Masker, NetworkMasker, fitted, rivals
+from clearwing.jobs.mask_files import MaskWriter, check_format
+from clearwing.jobs.mask_recipe import chosen_recipe, threshold_value
+from clearwing.jobs.mask_results import finished
+from clearwing.jobs.maskers import (
+    DecoderMasker,
+    Masked,
+    Masker,
+    NetworkMasker,
+    Prepared,
+    fitted,
+    restored,
+    rivals,
+    whole,
+)
 from clearwing.jobs.progress import Progress
-from clearwing.jobs.tally import Tally, curve_sums, scores_of
+from clearwing.jobs.tally import curve_sums, scores_of
 from clearwing.masks import formats
-from clearwing.masks.pipeline import RECIPES, Recipe
-from clearwing.masks.threshold import binarize
-from clearwing.run import DECODER, Run, check_free, make_folder, plain, write_json, write_text
+from clearwing.masks.pipeline import Recipe
+from clearwing.run import DECODER, Run, check_free, make_folder, plain
 from clearwing.settings import class_list, comma_list
-from clearwing.show.draw import save_png, to_rgb
 from clearwing.train.collectives import one_fails_all_stop, share
 from clearwing.train.devices import check_devices, is_child, is_first, make_fabric
 from clearwing.train.processes import in_processes
-from clearwing.types import Batch, ClearwingError, atomic_path, near
+from clearwing.types import ClearwingError
 
-OPTIONS = ("method", "layers", "threshold", "refine")
-"""What a command may replace of its recipe."""
 ONCE = ("out", "resume", "overwrite", "json", "devices", "nodes", "device", "batch_size", "retrain")
 """Settings that say nothing about the masks: a resumed run may have others."""
-VOC_CLASSES = 254
-"""What a palette PNG holds beside background and void."""
 
 
 def segment(config: SegmentConfig) -> dict[str, Any]:
@@ -55,8 +61,7 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
     loaded = inputs.open_model(config.run, size=config.size, fit=config.fit)
     if config.pipeline == "decoder" and loaded.run is None:
         raise ClearwingError("--pipeline", "decoder", "is trained for a RUN; give one, or take refine")
-    if config.format == "voc" and len(loaded.model.class_names) > VOC_CLASSES:
-        raise ClearwingError("--format", "voc", f"holds {VOC_CLASSES} classes at most; take another")
+    check_format(config, len(loaded.model.class_names))
     dataset = open_samples(config, loaded.run)
     samples = inputs.limited(inputs.split_of(dataset, config.split), config.limit)
     if config.masks is not None and not any(sample.mask is not None for sample in samples):
@@ -64,11 +69,8 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
             "--masks", config.masks, f"holds no mask of the {len(samples)} pictures; mirror their folders"
         )
     held = held_out(config, samples)
-    suffix = ".geojson" if config.format == "geojson" else ".png"
-    files = inputs.result_paths([sample.key for sample in samples], suffix)
-    written = [*map(cutout_file, files.values())] if config.cutouts else []
-    written += [mask_file(config.format, file) for file in files.values()]
-    inputs.keep_sources(config.out, written, inputs.split_of(dataset, ALL))
+    writer = MaskWriter(config, [sample.key for sample in samples], loaded.model.class_names)
+    inputs.keep_sources(config.out, writer.paths(), inputs.split_of(dataset, ALL))
     check_output(config)
     if not is_child():
         check_devices(config.device, config.devices)
@@ -93,24 +95,12 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
         left = [s for s in samples if s.key not in done and s.key not in held]
         fabric.barrier()  # all have read what was done before one adds to it
         mine = [left[i] for i in share(len(left), rank, world)]
-        work = Work(config, prepared, loaded, files, manifest, fabric.device, progress, dataset.class_names)
+        work = Work(config, prepared, loaded, writer, manifest, fabric.device, progress, dataset.class_names)
         work.run(mine)
         fabric.barrier()
         if not fabric.is_global_zero:
             return {"exit_code": 0}
-    return finished(config, prepared, loaded, dataset, manifest, files, work)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """How this call makes masks."""
-
-    masker: Masker
-    rivals: dict[str, Masker]
-    side: int  # of the pictures that are refined
-    threshold: dict[str, Any]
-    calibration: int = 0  # masks that were used to choose
-    cut: float = 0.5  # of probabilities
+    return finished(config, prepared, loaded, dataset, manifest, writer, work.rate)
 
 
 def prepare(
@@ -158,17 +148,21 @@ class Work:
         config: SegmentConfig,
         prepared: Prepared,
         loaded: inputs.Loaded,
-        files: dict[str, Path],
+        writer: MaskWriter,
         manifest: Manifest,
         device: torch.device,
         progress: Progress,
         label_names: tuple[str, ...],
     ) -> None:
-        self.config, self.prepared, self.loaded, self.files = config, prepared, loaded, files
+        self.config, self.prepared, self.loaded, self.writer = config, prepared, loaded, writer
         self.manifest, self.device, self.progress = manifest, device, progress
-        self.out, self.seconds, self.pictures = Path(config.out), 0.0, 0
-        self.names = tuple(loaded.model.class_names)
+        self.seconds, self.pictures = 0.0, 0
         self.label_names = label_names
+
+    @property
+    def rate(self) -> float | None:
+        """Pictures a second; None where nothing was left to do."""
+        return round(self.pictures / self.seconds, 2) if self.pictures else None
 
     def run(self, samples: Sequence[Sample]) -> None:
         """Segment the samples; what is done is in the manifest even where this is killed."""
@@ -203,7 +197,7 @@ class Work:
         made = self.prepared.masker(batch, finer)
         full = whole(made, batch, finer, self.prepared.cut)
         records = [self.record(i, sample, made, full[i]) for i, sample in enumerate(pictures.samples)]
-        self.write(pictures, full, records)
+        self.writer.write(pictures, full, records)
         line: dict[str, Any] = {"unscored": unscored}
         known = {i: truth for i, truth in enumerate(truths) if truth is not None}
         if known:
@@ -234,37 +228,9 @@ class Work:
         if made.logits is not None:
             probability, k = made.logits[i].float().softmax(0).max(0)
             found |= {"class": int(k), "probability": round(float(probability), 6)}
-        if self.config.format != "coco":
-            found["file"] = str(self.file(sample.key))
+        if (file := self.writer.file(sample.key)) is not None:
+            found["file"] = str(file)
         return found
-
-    def file(self, key: str) -> Path:
-        """Where the mask of a picture is written, below the output folder."""
-        return mask_file(self.config.format, self.files[key])
-
-    def name(self, record: dict[str, Any]) -> str:
-        k = record.get("class")
-        return "object" if k is None else self.names[k] if k < len(self.names) else f"class {k}"
-
-    def write(self, pictures: Pictures, masks: Sequence[Tensor], records: Sequence[dict[str, Any]]) -> None:
-        """The masks in the format asked for; each file under a temporary name first."""
-        for sample, mask, record in zip(pictures.samples, masks, records, strict=True):
-            path, kind = self.out / self.file(sample.key), self.config.format
-            if kind == "png":
-                save_png((mask * 255).numpy(), path)
-            elif kind == "voc":
-                save_voc(self.out, path, self.files[sample.key], mask, record, self.name(record))
-            elif kind == "geojson":
-                about = {"class": self.name(record), "probability": record.get("probability"), "picture": sample.key}
-                document = formats.geojson_document([formats.geojson_feature(mask, about)])
-                write_json(path, document)
-            else:
-                rle = formats.coco_annotation(mask, id=0, image_id=0, category_id=0)
-                record["coco"] = rle
-            if self.config.cutouts:
-                picture = to_rgb(read_picture(sample.source))
-                cut = formats.cutout(picture, mask)
-                save_png(cut, self.out / cutout_file(self.files[sample.key]))
 
     def right(self, pictures: Pictures, logits: Tensor | None) -> list[bool | None]:
         """Whether the network names each picture rightly; None where its label or its classes are not known."""
@@ -276,75 +242,6 @@ class Work:
             None if sample.label is None or not known else known[sample.label] == names[k]
             for sample, k in zip(pictures.samples, said, strict=True)
         ]
-
-
-def mask_file(kind: str, file: Path) -> Path:
-    """Where a mask is written in a format, below the output folder."""
-    return Path("SegmentationClass", file) if kind == "voc" else file
-
-
-def cutout_file(file: Path) -> Path:
-    return Path("cutouts", file).with_suffix(".png")
-
-
-def save_voc(out: Path, path: Path, file: Path, mask: Tensor, record: dict[str, Any], name: str) -> None:
-    """A palette PNG and the XML of its box."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary:
-        formats.voc_mask(mask, record.get("class", 0)).save(temporary, "PNG")
-    text = formats.voc_xml(record["box"], record["key"], record["width"], record["height"], name)
-    write_text(out / "Annotations" / file.with_suffix(".xml"), text)
-
-
-def whole(made: Masked, batch: Batch, fine: Batch, cut: float = 0.5) -> list[Tensor]:
-    """Masks in the pictures' own pixels, uint8 (height, width); probabilities are cut there, so that outlines are
-    smooth."""
-    masks = made.masks if made.masks.is_floating_point() else made.masks.byte()
-    full = restored(masks, batch, fine)
-    return [(one > cut).byte() if one.is_floating_point() else one for one in full]
-
-
-def restored(values: Tensor, batch: Batch, fine: Batch) -> list[Tensor]:
-    """Values (N, h, w) at the size of either batch, in the pictures' own pixels, on the CPU."""
-    like = fine if values.shape[1:] == fine.images.shape[2:] else batch
-    return restore(values.cpu(), like.geometry)
-
-
-def chosen_recipe(config: SegmentConfig) -> Recipe:
-    """The recipe of the pipeline with what the command replaces of it; the decoder's teachers follow `refine`."""
-    if config.pipeline == "decoder":
-        for name in OPTIONS:
-            if getattr(config, name) is not None:
-                raise ClearwingError(f"--{name}", getattr(config, name), "the decoder has none; take --pipeline refine")
-        return RECIPES["refine"]
-    recipe = RECIPES[config.pipeline]
-    if config.method is not None:
-        if config.method not in METHODS:
-            raise ClearwingError("--method", config.method, near(config.method, list(METHODS)))
-        if METHODS[config.method].needs_layer != METHODS[recipe.method].needs_layer:
-            one_layer = 1 if METHODS[config.method].needs_layer else 0
-            recipe = replace(recipe, layers=one_layer, weights=(1.0,))
-        recipe = replace(recipe, method=config.method)
-    if config.layers is not None:
-        if not METHODS[recipe.method].needs_layer:
-            raise ClearwingError("--layers", config.layers, f"{recipe.method} works at the input; leave them out")
-        named = comma_list(config.layers)
-        if len(named) != len(recipe.weights):
-            recipe = replace(recipe, layers=len(named), weights=(1.0,) * len(named))
-    if config.threshold is not None and config.threshold != "auto":
-        binarize(torch.rand(1, 4, 4), config.threshold)  # a threshold that is not known raises before work starts
-        recipe = replace(recipe, threshold=config.threshold)
-    if config.refine is not None:
-        pool = 5 if config.refine == "maxpool" else 1
-        recipe = replace(recipe, refine="grabcut" if config.refine == "grabcut" else "none", pool=pool)
-    return recipe
-
-
-def changed(config: SegmentConfig) -> bool:
-    """Whether the command replaced anything of the named recipe."""
-    if config.pipeline == "decoder":
-        return False
-    return chosen_recipe(config) != RECIPES[config.pipeline] or config.layers is not None
 
 
 def check_output(config: SegmentConfig) -> None:
@@ -430,79 +327,3 @@ def read_truths(pictures: Pictures, progress: Progress) -> tuple[list[Tensor | N
                 progress.say(f"not scored {sample.key}: {reason}")
         truths.append(truth)
     return truths, unscored
-
-
-def finished(
-    config: SegmentConfig,
-    prepared: Prepared,
-    loaded: inputs.Loaded,
-    dataset: Dataset,
-    manifest: Manifest,
-    files: dict[str, Path],
-    work: Work,
-) -> dict[str, Any]:
-    """Join what all processes did: segmentation.json, boxes.csv, and coco.json; returns what the command prints."""
-    out, tally = Path(config.out), Tally(list(prepared.rivals))
-    for block in manifest.blocks():
-        tally.add(block)
-    if not tally.n:
-        key, reason = tally.skipped[0] if tally.skipped else (config.data, "there is none")
-        raise ClearwingError("pictures", key, f"none of {len(files)} can be read: {reason}")
-    order = {key: at for at, key in enumerate(files)}
-    result = tally.summary(config.seed, order) | {
-        "data": inputs.full_name(config.data),
-        "split": inputs.split_name(dataset, config.split),
-        "pipeline": config.pipeline + (" (changed)" if changed(config) else ""),
-        "format": config.format,
-        "options": {name: getattr(config, name) for name in OPTIONS if getattr(config, name) is not None},
-        "threshold": prepared.threshold,
-        "masks_used_for_calibration": prepared.calibration or False,
-        "pictures_per_s": round(work.pictures / work.seconds, 2) if work.pictures else None,
-        "notes": list(dataset.notes),
-    }
-    if loaded.run is not None:
-        result["weights_sha256"] = inputs.weights_hash(loaded.run)
-        result["notes"] += inputs.split_notes(dataset, config.split, loaded.run, config.data)
-    most = max((record.get("class", 0) for record in tally.records.values()), default=0)
-    names = work.names or tuple(f"class {k}" for k in range(most + 1))
-    write_text(out / "boxes.csv", tally.boxes_csv(order, names))
-    if config.format == "coco":
-        document = formats.coco_document(*tally.coco(order), categories=names, info={"description": "clearwing"})
-        write_json(out / "coco.json", document)
-    write_json(out / "segmentation.json", result)
-    return {"json": plain(result), "text": told(result, out)}
-
-
-def threshold_value(recipe: Recipe) -> float | None:
-    """The number in a threshold such as percentile:80, where it has one."""
-    if not isinstance(recipe.threshold, str):
-        return float(recipe.threshold)
-    number = recipe.threshold.partition(":")[2]
-    return float(number) if number else None
-
-
-def told_iou(result: dict[str, Any]) -> str:
-    """The headline, where masks were scored."""
-    interval = "" if result["ci95"] is None else "95 % interval {:.3f} to {:.3f}, ".format(*result["ci95"])
-    return f"mean IoU {result['mean_iou']:.3f} ({interval}n = {result['scored']})"
-
-
-def told(result: dict[str, Any], out: Path) -> str:
-    """The result in a few lines."""
-    rate = f", {result['pictures_per_s']:.0f} pictures/s" if result["pictures_per_s"] else ""
-    lines = [
-        f"{result['n']} masks, {result['fell_back']} fell back, {result['no_evidence']} without evidence, "
-        f"skipped {result['skipped']}{rate}"
-    ]
-    if used := result["masks_used_for_calibration"]:
-        lines.append(f"calibrated on {used} drawn masks, which are not scored")
-    if result["mean_iou"] is not None:
-        lines.append(told_iou(result))
-        for name, value in result["baselines"].items():
-            difference = result["differences"][name]
-            line = f"  {name:<20}{value:.3f}   difference {difference['mean']:+.3f}"
-            if difference["ci95"] is not None:
-                line += " ({:+.3f} to {:+.3f})".format(*difference["ci95"])
-            lines.append(line)
-    lines += [f"note: {note}" for note in result["notes"]]
-    return "\n".join([*lines, f"written: {out}"])
