@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -92,6 +93,7 @@ def _read(source: Source, convert: Callable[[Image.Image], Tensor]) -> Tensor:  
     except (OSError, ValueError, SyntaxError, EOFError, OverflowError, Image.DecompressionBombError) as error:
         # what Pillow's decoders raise on broken files; SyntaxError is its word for a broken PNG
         reason = (str(error).splitlines() or ["it is broken"])[0]
+        reason = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", reason)  # Pillow's word for our copy of the file
         raise ClearwingError("picture", name, f"cannot be read ({reason}); replace or remove it") from error
 
 
