@@ -1,9 +1,11 @@
 """Calibration: who is held out, what is tried, and that what is chosen is the best of it."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import clearwing as cw
 from clearwing.config import SegmentConfig
@@ -129,7 +131,46 @@ def test_named_layers_are_used_whatever_is_tried(found):
 
 def test_calibration_looks_at_no_other_mask(found, monkeypatch):
     read = []
-    monkeypatch.setattr(calibrate, "read_mask", lambda mask: read.append(mask) or cw.read_mask(mask))
+    monkeypatch.setattr(inputs, "read_mask", lambda mask: read.append(mask) or cw.read_mask(mask))
     first = Recipe("saliency")
     found(first, [first])
     assert len(read) == len(set(read)) == 3
+
+
+@pytest.mark.parametrize("given", [{"method": "grad-cam"}, {"threshold": "otsu"}])
+def test_what_calibration_chooses_is_not_given_too(given):
+    [(name, value)] = given.items()
+    with pytest.raises(cw.ClearwingError, match=f"--{name}: {value}; --calibrate chooses it; leave one of them out"):
+        held_out(config(count=3, **given), samples(8))
+
+
+def test_what_cannot_be_used_is_passed_over(trained, photos, tmp_path, capsys):
+    data = shutil.copytree(photos, tmp_path / "photos")
+    val = cw.open_data(data).splits["val"]
+    settings = config(trained, 4, pipeline="classic")
+    drawn = [sample for sample in val if sample.key in held_out(settings, val)]
+    drawn[0].source.write_bytes(b"no picture")
+    drawn[1].mask.write_bytes(b"no mask")
+    Image.new("L", (5, 5)).save(drawn[2].mask)
+
+    def call():
+        loaded = inputs.open_model(str(trained))
+        with Progress() as progress:
+            return calibrated(settings, RECIPES["classic"], [], loaded, val, CPU, progress)
+
+    *_, about = call()
+    assert (about["masks"], about["unusable"]) == (1, 3)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"skipped {drawn[0].key}" in told
+    assert f"not scored {drawn[1].key}" in told
+    assert f"not scored {drawn[2].key}: mask of 5x5" in told
+    drawn[3].mask.write_bytes(b"no mask")
+    with pytest.raises(cw.ClearwingError, match="--calibrate: 4; none of the masks drawn for it fits its picture"):
+        call()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_the_block_does_not_change_the_choice(found, trained, photos, batch_size):
+    one = Recipe("layer-cam", layers=1, threshold="mean", finest=64)
+    two = replace(one, threshold="percentile:90")
+    assert found(one, [one, two], batch_size=batch_size) == found(one, [one, two])

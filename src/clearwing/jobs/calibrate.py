@@ -9,25 +9,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clearwing.attribution.methods import METHODS, explain
+from clearwing.attribution.methods import METHODS
 from clearwing.config import SegmentConfig
-from clearwing.data.loader import load_pictures
-from clearwing.data.preprocess import read_mask, restore
+from clearwing.data.preprocess import restore
 from clearwing.data.sources import Sample
 from clearwing.jobs import inputs
-from clearwing.jobs.maskers import DecoderMasker, stages
+from clearwing.jobs.maskers import DecoderMasker, explained, stages
 from clearwing.jobs.progress import Progress
 from clearwing.masks.pipeline import Recipe, segment_with
 from clearwing.measure.curves import threshold_curve
 from clearwing.measure.overlap import iou
 from clearwing.train.devices import make_fabric
-from clearwing.types import ClearwingError
+from clearwing.types import Batch, ClearwingError
 
 
 def held_out(config: SegmentConfig, samples: Sequence[Sample]) -> set[str]:
     """The keys of the pictures whose masks calibrate: `--calibrate` of those with a mask, drawn by the seed."""
     if not config.calibrate:
         return set()
+    for name in ("method", "threshold"):
+        if getattr(config, name) is not None:
+            raise ClearwingError(f"--{name}", getattr(config, name), "--calibrate chooses it; leave one of them out")
     known = [sample.key for sample in samples if sample.mask is not None]
     if not 1 <= config.calibrate < len(known):
         mend = f"give 1 to {len(known) - 1}: of the {len(known)} pictures with a mask, some must be left to score"
@@ -46,35 +48,47 @@ def calibrated(
     progress: Progress,
 ) -> tuple[Recipe, list[str], float, dict[str, Any]]:
     """The recipe and its layers (or the decoder's threshold) with the best mean IoU on the masks that are held out for
-    it, and what was tried."""
+    it, and what was tried. Pictures and masks that cannot be used are told and passed over."""
     keys = held_out(config, samples)
-    chosen = [sample for sample in samples if sample.key in keys]
-    common: dict[str, Any] = {"fit": loaded.fit, "channels": loaded.channels}
-    pictures = load_pictures(chosen, loaded.size, **common)
-    fine = load_pictures(pictures.samples, recipe.side(loaded.size), **common)
-    truths = [read_mask(sample.mask) for sample in pictures.samples]  # type: ignore[arg-type]
-    batch, finer = (next(p.batches(len(pictures), device=device)) for p in (pictures, fine))
-    about: dict[str, Any] = {"masks": len(pictures)}
+    pictures = inputs.load_for(loaded, tuple(sample for sample in samples if sample.key in keys), None, progress)
+    inputs.told_skipped(pictures, progress)
+    found, _ = inputs.read_truths(pictures, progress)
+    usable = [i for i, truth in enumerate(found) if truth is not None]
+    truths = [truth for truth in found if truth is not None]
+    if not truths:
+        raise ClearwingError("--calibrate", config.calibrate, "none of the masks drawn for it fits its picture")
+    pictures = pictures.subset(usable)
+    fine = inputs.load_for(replace(loaded, size=recipe.side(loaded.size)), pictures.samples, None, progress)
+    about: dict[str, Any] = {"masks": len(truths)}
+    if unusable := len(keys) - len(truths):
+        about["unusable"] = unusable
+
+    def blocks() -> Iterator[Batch]:
+        return pictures.batches(config.batch_size, device=device)
+
     if config.pipeline == "decoder" and loaded.run is not None:
         masker = DecoderMasker(loaded.run.load_segmenter().to(device), make_fabric(config.device).autocast)
-        shares, _ = masker.shares(batch)  # before small pieces and holes are mended, which goes by the threshold
-        curve = threshold_curve(restore(shares.cpu(), batch.geometry), truths, bins=100)
+        # before small pieces and holes are mended, which goes by the threshold
+        shares = [share for block in blocks() for share in restore(masker.shares(block)[0].cpu(), block.geometry)]
+        curve = threshold_curve(shares, truths, bins=100)
         best, cut = curve.peak
         return recipe, list(layers), cut, about | {"mean_iou": best, "tried": 100}
+    finer = next(fine.batches(len(fine)))
+    one_picture = next(pictures.subset(1).batches(1, device=device)).images
     tried: list[tuple[float, Recipe, list[str]]] = []
     told, options = progress.task("calibrating"), list(candidates(recipe))
-    found: dict[tuple[str, int], Any] = {}
+    made: dict[tuple[str, int], list[Tensor]] = {}
     for number, one in enumerate(options):
         if METHODS[one.method].needs_layer:
-            at = list(layers) if config.layers else stages(loaded.model, batch.images, one.layers)
+            at = list(layers) if config.layers else stages(loaded.model, one_picture, one.layers)
             weights = recipe.weights if config.layers else one.weights[-len(at) :]
             one = replace(one, layers=len(at), weights=weights)
         else:
             at = []
-        if (one.method, len(at)) not in found:
-            maps = explain(loaded.model, batch, [one.method], at or None, target=one.target, average=one.average)
-            found[one.method, len(at)] = maps
-        masks = segment_with(one, found[one.method, len(at)], finer).masks
+        if (one.method, len(at)) not in made:
+            shown = [explained(loaded.model, one, block, at) for block in blocks()]
+            made[one.method, len(at)] = [torch.cat([x[name].maps[:, 0].cpu() for x in shown]) for name in shown[0]]
+        masks = segment_with(one, made[one.method, len(at)], finer).masks
         tried.append((mean_iou(masks, finer.geometry, truths), one, at))
         told(number + 1, len(options))
     value, best_recipe, at = max(tried, key=lambda item: item[0])

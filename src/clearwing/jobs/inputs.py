@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clearwing.config import TrainConfig, split_settings
 from clearwing.data.loader import Pictures, load_pictures, spread
+from clearwing.data.preprocess import read_mask
 from clearwing.data.sources import ALL, BUILT_IN, EXTENSIONS, Dataset, Sample, open_data
 from clearwing.jobs.progress import Progress
 from clearwing.models.classifier import Classifier, wrap
@@ -260,3 +262,26 @@ def pick_device(device: str) -> torch.device:
     from clearwing.train.devices import make_fabric
 
     return make_fabric(device, "float32").device
+
+
+def read_truths(pictures: Pictures, progress: Progress) -> tuple[list[Tensor | None], list[list[str]]]:
+    """The true masks that fit their pictures, None for the others; the others that should have one, with the reason."""
+    truths: list[Tensor | None] = []
+    unscored: list[list[str]] = []
+    for sample, place in zip(pictures.samples, pictures.geometry, strict=True):
+        truth, reason = None, "no mask for this picture"
+        if sample.mask is not None:
+            try:
+                truth = read_mask(sample.mask)
+            except ClearwingError as error:
+                reason = error.mend
+            if truth is not None and truth.shape != (place.height, place.width):
+                size = f"{truth.shape[0]}x{truth.shape[1]}"
+                reason = f"mask of {size}, picture of {place.height}x{place.width}; give a mask of the picture's size"
+                truth = None
+        if truth is None:
+            unscored.append([sample.key, reason])
+            if sample.mask is not None:
+                progress.say(f"not scored {sample.key}: {reason}")
+        truths.append(truth)
+    return truths, unscored

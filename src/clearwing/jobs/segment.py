@@ -18,7 +18,6 @@ from torch import Tensor
 
 from clearwing.config import SegmentConfig, as_json
 from clearwing.data.loader import Pictures, load_pictures, made_ahead
-from clearwing.data.preprocess import read_mask
 from clearwing.data.sources import ALL, Dataset, Sample, open_data
 from clearwing.jobs import inputs
 from clearwing.jobs.calibrate import calibrated, held_out
@@ -193,7 +192,7 @@ class Work:
         if not len(pictures):
             return {"pictures": skipped}
         batch, finer = (next(p.batches(len(pictures), device=self.device)) for p in (pictures, fine))
-        truths, unscored = read_truths(pictures, self.progress)
+        truths, unscored = inputs.read_truths(pictures, self.progress)
         made = self.prepared.masker(batch, finer)
         full = whole(made, batch, finer, self.prepared.cut)
         records = [self.record(i, sample, made, full[i]) for i, sample in enumerate(pictures.samples)]
@@ -304,26 +303,3 @@ def untrained(run: Run | None, seed: int, device: torch.device) -> Any:
         network = run.build_model()
     network.load_state_dict({"mean": run.model.mean, "std": run.model.std}, strict=False)
     return network.to(device).to(memory_format=torch.channels_last)
-
-
-def read_truths(pictures: Pictures, progress: Progress) -> tuple[list[Tensor | None], list[list[str]]]:
-    """The true masks that fit their pictures, None for the others; the others that should have one, with the reason."""
-    truths: list[Tensor | None] = []
-    unscored: list[list[str]] = []
-    for sample, place in zip(pictures.samples, pictures.geometry, strict=True):
-        truth, reason = None, "no mask for this picture"
-        if sample.mask is not None:
-            try:
-                truth = read_mask(sample.mask)
-            except ClearwingError as error:
-                reason = error.mend
-            if truth is not None and truth.shape != (place.height, place.width):
-                size = f"{truth.shape[0]}x{truth.shape[1]}"
-                reason = f"mask of {size}, picture of {place.height}x{place.width}; give a mask of the picture's size"
-                truth = None
-        if truth is None:
-            unscored.append([sample.key, reason])
-            if sample.mask is not None:
-                progress.say(f"not scored {sample.key}: {reason}")
-        truths.append(truth)
-    return truths, unscored

@@ -19,8 +19,8 @@ from clearwing.attribution.network import wide
 from clearwing.attribution.trace import record
 from clearwing.attribution.views import upsample
 from clearwing.data.loader import Pictures, spread
+from clearwing.jobs import inputs
 from clearwing.jobs.progress import Progress, TensorBoard
-from clearwing.jobs.segment import read_truths
 from clearwing.masks.baselines import centre_gaussian
 from clearwing.masks.threshold import binarize
 from clearwing.measure.overlap import iou
@@ -182,7 +182,7 @@ def scored(pictures: Pictures, labels: Tensor, most: int, progress: Progress) ->
     kept: dict[int, Tensor] = {}
     if chosen:
         some = pictures.subset(chosen)
-        full, _ = read_truths(some, progress)
+        full, _ = inputs.read_truths(some, progress)
         for i, mask, place in zip(chosen, full, some.geometry, strict=True):
             fitted = None if mask is None else fit_mask(mask, place)
             if fitted is not None and bool((fitted == FOREGROUND).any()):
