@@ -23,7 +23,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from common import environment
 from skimage.segmentation import random_walker, slic
 from torch import Tensor
@@ -34,10 +33,12 @@ from clearwing.jobs import decoder, inputs
 from clearwing.jobs.maskers import Masker, NetworkMasker, explained, fitted, rivals
 from clearwing.jobs.progress import Progress
 from clearwing.jobs.segment import untrained
+from clearwing.jobs.timeline import fit_mask
 from clearwing.masks.pipeline import RECIPES, Recipe, fuse, resized, segment_with
 from clearwing.masks.refine import SURE_BACKGROUND, SURE_FOREGROUND, blur, clean, seeds
 from clearwing.masks.threshold import binarize
 from clearwing.measure.overlap import bootstrap_interval, iou, paired_interval
+from clearwing.models.decoder import Segmenter
 from clearwing.train.devices import make_fabric
 from clearwing.train.masks import with_masks
 from clearwing.types import Batch
@@ -54,7 +55,7 @@ NEIGHBOURS: dict[str, Recipe] = {
     "no flip": replace(REFINE, average=()),
     "three scales": replace(REFINE, average=("flip", 0.75, 1.25)),
     "blur 0.01": replace(REFINE, blur=0.01),
-    "blur 0.04": replace(REFINE, blur=0.04),
+    "blur 0.02": replace(REFINE, blur=0.02),
     "percentile 80": replace(REFINE, threshold="percentile:80"),
     "mean": replace(REFINE, threshold="mean"),
     "at the network's size": replace(REFINE, finest=0),
@@ -191,34 +192,35 @@ def table(loaded: inputs.Loaded, samples: Any, truths: list[Tensor]) -> None:
 
 
 def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) -> None:
-    """The decoder taught by drawn masks, crosswise on halves of the split, beside one taught by free masks."""
-    fabric, course = make_fabric("cpu"), replace(decoder.Course(), steps=steps)
-    pictures = cw.load_pictures(samples, loaded.size, fit=loaded.fit, channels=loaded.channels)
-    drawn = torch.stack(
-        [F.interpolate(t[None, None].float(), pictures.images.shape[2:], mode="area")[0, 0] for t in truths]
-    )
+    """The decoder taught by drawn masks, crosswise on halves of the split, beside one taught by free masks: the same
+    rounds of the same number of steps, the drawn masks being the same in all."""
+    fabric, course, model = make_fabric("cpu"), replace(decoder.Course(), steps=steps), loaded.model
+    common: dict[str, Any] = {"fit": loaded.fit, "channels": loaded.channels}
+    pictures = cw.load_pictures(samples, loaded.size, **common)
+    drawn = torch.stack([fit_mask(t, place) for t, place in zip(truths, pictures.geometry, strict=True)]) == 1
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
     halves = [half.sort()[0].tolist() for half in order.chunk(2)]
     train = inputs.limited(inputs.open_like_run(loaded.run, None).split("train"), len(halves[0]))
-    common: dict[str, Any] = {"fit": loaded.fit, "channels": loaded.channels}
     free = cw.load_pictures(train, loaded.size, **common)
     finer = cw.load_pictures(train, REFINE.side(loaded.size), **common)
     scores = {"drawn": torch.zeros(len(samples)), "free": torch.zeros(len(samples))}
+
+    def score(made: Segmenter, way: str, which: list[int]) -> None:
+        for some in torch.tensor(which).split(32):
+            batch = next(pictures.subset(some.tolist()).batches(len(some)))
+            with torch.inference_mode():
+                full = restore(made(batch.images)[1].float().sigmoid(), batch.geometry)
+            scores[way][some] = iou([one > 0.5 for one in full], [truths[i] for i in some]).float()
+
     with Progress(True) as progress:
-        shares, agreement = decoder.votes(loaded.model, free, finer, torch.device("cpu"), progress)
-        ways = {"free": [with_masks(free, shares, agreement)] * 2}
-        ways["drawn"] = [
-            with_masks(pictures.subset(half), drawn[half].clamp(0, 1), torch.ones(len(half))) for half in halves
-        ]
-        for way, teachers in ways.items():
-            made = None
-            for teacher, test in zip(teachers, reversed(halves), strict=True):
-                if made is None or way == "drawn":
-                    made = decoder.trained_decoder(loaded.model, teacher, fabric, course, progress)
-                batch = next(pictures.subset(test).batches(len(test)))
-                with torch.inference_mode():
-                    full = restore(made(batch.images)[1].float().sigmoid(), batch.geometry)
-                scores[way][test] = iou([one > 0.5 for one in full], [truths[i] for i in test])
+        for half, test in zip(halves, reversed(halves), strict=True):
+            teacher = with_masks(pictures.subset(half), drawn[half].float(), torch.ones(len(half)))
+            made = decoder.new_decoder(model, pictures, fabric.device, course.width)
+            for _ in range(course.rounds):
+                made = decoder.trained_decoder(made, teacher, fabric, course, progress)
+            score(made, "drawn", test)
+        *_, (made, _) = decoder.taught(model, free, finer, fabric, course, progress)
+        score(made, "free", list(range(len(samples))))
     print("| taught by | mean IoU (95 %) | below 0.3 | drawn gains (95 %) | |\n|---|---|---|---|---|")
     row(f"{len(halves[0])} drawn masks, crosswise", scores["drawn"], None, None)
     row(f"{len(train)} free masks of training pictures", scores["free"], scores["drawn"], None)

@@ -240,7 +240,8 @@ def test_segment_refuses_what_it_does_not_know(capsys, photos, trained, tmp_path
     def refused(*options):
         return failure(capsys, "segment", trained, photos, "--out", tmp_path / "out", *options)
 
-    assert "otzu; did you mean otsu" in refused("--threshold", "otzu")
+    assert "--threshold: otzu; did you mean otsu" in refused("--threshold", "otzu")
+    assert "--threshold: percentile:101; give a percentile" in refused("--threshold", "percentile:101")
     assert "--split: holdout" in refused("--split", "holdout")
     assert "salience; did you mean saliency" in refused("--method", "salience")
     assert "--pipeline: default; choose one of refine, decoder, classic" in refused("--pipeline", "default")

@@ -20,6 +20,7 @@ from clearwing.types import ClearwingError, atomic_path
 
 WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}
 DECODER = "decoder.safetensors"
+_DECODER_MADE = ("channels", "width", "context")
 _FILES = (DECODER, "config.json", "classes.json", "metrics.jsonl", "state.pt", "plan.json", "predictions.csv")
 _PAGES = ("report.html", "compare.html")
 _FOLDERS = {
@@ -142,7 +143,7 @@ class Run:
     def save_decoder(self, segmenter: Segmenter, about: Mapping[str, Any]) -> None:
         """Write the decoder alone, with `about` (plain values: what it was taught, by which weights)."""
         held = {name: value.detach().cpu().contiguous() for name, value in segmenter.decoder.state_dict().items()}
-        made = {"layers": segmenter.layers, "channels": segmenter.decoder.channels, "width": segmenter.decoder.width}
+        made = {"layers": segmenter.layers} | {k: getattr(segmenter.decoder, k) for k in _DECODER_MADE}
         with atomic_path(self.file(DECODER)) as temporary:
             temporary.write_bytes(save(held, metadata={"made": json.dumps(made), "about": json.dumps(plain(about))}))
 
@@ -160,7 +161,7 @@ class Run:
             )
         made = self._decoder_metadata("made")
         with torch.random.fork_rng(devices=[]):
-            decoder = Decoder(made["channels"], made["width"])
+            decoder = Decoder(**{k: made[k] for k in _DECODER_MADE if k in made})
         try:
             decoder.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:

@@ -9,16 +9,28 @@ import torch
 
 import clearwing as cw
 from clearwing.jobs import decoder, inputs
-from clearwing.jobs.decoder import Course, decoder_of, has_decoder, teach, trained_decoder, votes
+from clearwing.jobs.decoder import (
+    CUTS,
+    Course,
+    decoder_of,
+    has_decoder,
+    new_decoder,
+    revised,
+    teach,
+    trained_decoder,
+    votes,
+)
 from clearwing.jobs.maskers import explained, fitted
 from clearwing.jobs.progress import Progress
 from clearwing.masks.pipeline import VOTERS, segment_with
+from clearwing.masks.refine import clean, grabcut, likely_seeds
 from clearwing.train.devices import make_fabric
+from clearwing.train.fit import FitState
 from clearwing.train.masks import with_masks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-SHORT = Course(pictures=9, steps=3, batch=4, width=4)
+SHORT = Course(pictures=9, rounds=2, steps=3, batch=4, width=4)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +74,42 @@ def test_the_votes_are_the_voters_own_masks(trained, photos, progress, batch_siz
         assert agreement[i].item() == pytest.approx(sum(both).item() / len(both), abs=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_revised_masks_are_the_decoders_own_and_their_cuts(trained, photos, progress, batch_size):
+    samples = cw.open_data(photos).splits["val"][:5]
+    pictures, fine = (cw.load_pictures(samples, side, fit="squash") for side in (32, VOTERS[0].side(32)))
+    segmenter = new_decoder(cw.Run.load(trained).model, pictures, CPU, 4).eval()
+    torch.manual_seed(1)
+    torch.nn.init.normal_(segmenter.decoder.head.weight, std=30)
+    with torch.no_grad():  # half of the places are foreground
+        images = next(pictures.batches(5)).images
+        segmenter.decoder.head.bias.sub_(segmenter.decoder(segmenter.features(images)[1]).median())
+    fabric = make_fabric("cpu", "float32")
+    shares, agreement = revised(segmenter, pictures, fine, fabric, progress, batch_size)
+
+    [batch], [finer] = pictures.batches(5), fine.batches(5)
+    with torch.inference_mode():
+        plain, mirrored = segmenter(batch.images)[1].sigmoid(), segmenter(batch.images.flip(3))[1].sigmoid().flip(2)
+    size = finer.images.shape[2:]
+    likely = torch.nn.functional.interpolate((plain + mirrored)[:, None] / 2, size, mode="bilinear")[:, 0]
+    masks, failed = [likely > 0.5], torch.zeros(5, dtype=torch.bool)
+    for foreground, background in CUTS:
+        codes = likely_seeds(likely, sure_foreground=foreground, sure_background=background)
+        cut, fell_back = grabcut(finer.images, codes)
+        failed |= fell_back
+        masks.append(clean(cut, likely, share=0.2, fill=True))
+    assert 0 < failed.sum() < 5
+    assert 0 < masks[0].float().mean() < 1
+    assert not torch.equal(masks[0], masks[1])
+    expected = torch.stack(masks).float().mean(0)
+    expected = torch.nn.functional.interpolate(expected[:, None], (32, 32), mode="bilinear", antialias=True)[:, 0]
+    torch.testing.assert_close(shares, expected.clamp(0, 1), atol=1e-5, rtol=0)
+    for i in range(5):  # a cut that fell back repeats the decoder: it agrees with nobody
+        pairs = [cw.iou(a[i : i + 1], b[i : i + 1]) for k, a in enumerate(masks) for b in masks[k + 1 :]]
+        expected = 0.0 if failed[i] else float(sum(pairs)) / len(pairs)
+        assert agreement[i].item() == pytest.approx(expected, abs=1e-5)
+
+
 # The lessons.
 
 
@@ -95,8 +143,11 @@ def test_a_decoder_learns_the_masks_it_is_taught(lesson, progress):
     model, pictures, masks = lesson
     before = {name: value.clone() for name, value in model.state_dict().items()}
     taught = with_masks(pictures, masks.float(), torch.ones(len(masks)))
-    course = Course(steps=60, batch=9, width=12, lr=1e-2, ema=0.9)
-    segmenter = trained_decoder(model, taught, make_fabric("cpu", "float32"), course, progress)
+    course = Course(steps=90, batch=9, width=12, lr=1e-2, ema=0.9)
+    untrained = new_decoder(model, pictures, CPU, course.width)
+    start = {name: value.clone() for name, value in untrained.state_dict().items()}
+    segmenter = trained_decoder(untrained, taught, make_fabric("cpu", "float32"), course, progress)
+    assert all(torch.equal(value, start[name]) for name, value in untrained.state_dict().items())
     assert not any(part.training for part in segmenter.modules())
     assert segmenter.decoder.width == 12
     assert segmenter.decoder.channels == (8, 12, 16)
@@ -112,9 +163,10 @@ def test_what_has_no_weight_teaches_nothing(lesson, progress):
     trust[::2] = 0
     wrong = masks.float().clone()
     wrong[::2] = 1 - wrong[::2]
-    one = trained_decoder(model, with_masks(pictures, masks.float(), trust), fabric, course, progress)
-    two = trained_decoder(model, with_masks(pictures, wrong, trust), fabric, course, progress)
-    other = trained_decoder(model, with_masks(pictures, wrong, torch.ones(len(masks))), fabric, course, progress)
+    new = new_decoder(model, pictures, CPU, course.width)
+    one = trained_decoder(new, with_masks(pictures, masks.float(), trust), fabric, course, progress)
+    two = trained_decoder(new, with_masks(pictures, wrong, trust), fabric, course, progress)
+    other = trained_decoder(new, with_masks(pictures, wrong, torch.ones(len(masks))), fabric, course, progress)
     for a, b in zip(one.decoder.parameters(), two.decoder.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
     assert not same(one.decoder, other.decoder)
@@ -126,10 +178,11 @@ def test_a_seed_repeats_it_and_the_callers_numbers_stay(lesson, progress):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    one = trained_decoder(model, taught, fabric, SHORT, progress)
+    new = new_decoder(model, pictures, CPU, SHORT.width)
+    one = trained_decoder(new, taught, fabric, SHORT, progress)
     assert torch.equal(torch.rand(3), expected)
-    two = trained_decoder(model, taught, fabric, SHORT, progress)
-    three = trained_decoder(model, taught, fabric, SHORT, progress, seed=1)
+    two = trained_decoder(new_decoder(model, pictures, CPU, SHORT.width), taught, fabric, SHORT, progress)
+    three = trained_decoder(new, taught, fabric, SHORT, progress, seed=1)
     assert same(one.decoder, two.decoder)
     assert not same(one.decoder, three.decoder)
 
@@ -144,7 +197,8 @@ def test_teaching_leaves_the_decoder_and_what_it_was_taught(copy, progress):
     about = copy.decoder_about()
     assert about["weights_sha256"] == inputs.weights_hash(copy)
     assert (about["pictures"], about["masks_used"]) == (9, 0)
-    assert 0 <= about["agreement"] <= 1
+    assert [sorted(told) for told in about["rounds"]] == [["agreement", "without_mask"]] * 2
+    assert all(0 <= told["agreement"] <= 1 for told in about["rounds"])
     assert about["course"] == vars(SHORT)
     assert (copy.path / "model.safetensors").read_bytes() == before
 
@@ -160,24 +214,28 @@ def test_no_drawn_mask_is_read(copy, photos, tmp_path, progress):
     teach(cw.Run.load(copy.path), "cpu", progress, SHORT)
 
 
-def test_pictures_without_a_mask_teach_nothing(copy, monkeypatch, progress):
+def test_masks_count_by_their_agreement_and_where_there_is_none_not_at_all(copy, monkeypatch, progress):
     seen = []
 
-    def some(model, pictures, fine, device, progress):
+    def some(model, pictures, *_):
         shares = torch.zeros(len(pictures), 32, 32)
         shares[3:, 8:20, 8:20] = 1.0
-        return shares, torch.ones(len(pictures))  # where all are empty, all agree
+        agreement = torch.ones(len(pictures))  # where all are empty, all agree
+        agreement[4] = 0.5
+        return shares, agreement
 
-    def kept(model, pictures, *rest):
+    def kept(segmenter, pictures, *rest):
         seen.append(pictures)
-        return trained_decoder(model, pictures, *rest)
+        return trained_decoder(segmenter, pictures, *rest)
 
     monkeypatch.setattr(decoder, "votes", some)
+    monkeypatch.setattr(decoder, "revised", some)
     monkeypatch.setattr(decoder, "trained_decoder", kept)
     teach(copy, "cpu", progress, SHORT)
-    assert (seen[0].images[:, -1] == 255).flatten(1).all(1).tolist() == [False] * 3 + [True] * 6
-    assert not seen[0].images[:3, -1].any()
-    assert copy.decoder_about()["without_mask"] == 3
+    weights = [round(255 * 0.5**SHORT.trust) if i == 4 else 255 * (i > 2) for i in range(9)]
+    assert [seen[0].images[i, -1].unique().tolist() for i in range(9)] == [[weight] for weight in weights]
+    assert len(seen) == SHORT.rounds
+    assert copy.decoder_about()["rounds"][0]["without_mask"] == 3
 
 
 def test_a_network_that_shows_nothing_has_nothing_to_teach(copy, monkeypatch, progress):
@@ -217,3 +275,59 @@ def test_a_decoder_is_of_the_weights_it_was_trained_on(copy, monkeypatch, progre
     decoder_of(copy, "cpu", False, progress)
     assert has_decoder(copy)
     assert len(taught) == 3
+
+
+@pytest.fixture
+def revision(monkeypatch):
+    """Revised masks of a decoder that has hardly learned anything: as if all were well."""
+
+    def some(segmenter, pictures, *_):
+        shares = torch.zeros(len(pictures), 32, 32)
+        shares[:, 8:20, 8:20] = 1.0
+        return shares, torch.ones(len(pictures))
+
+    monkeypatch.setattr(decoder, "revised", some)
+
+
+def test_where_no_revised_mask_is_of_use_the_decoder_stays(copy, monkeypatch, capsys):
+    monkeypatch.setattr(decoder, "revised", lambda *_: (torch.ones(9, 32, 32), torch.full((9,), 0.2)))
+    with Progress() as told:
+        teach(copy, "cpu", told, SHORT)
+    assert "no revised mask is fit to learn from: the decoder stays as it is" in capsys.readouterr().err
+    assert [told["agreement"] for told in copy.decoder_about()["rounds"]][1] == pytest.approx(0.2)
+    assert has_decoder(copy)
+
+
+def test_an_interrupted_round_is_not_taken_for_a_whole_one(copy, monkeypatch, progress):
+    monkeypatch.setattr(decoder, "fit", lambda *_, **more: FitState(interrupted=True))
+    with pytest.raises(KeyboardInterrupt):
+        teach(copy, "cpu", progress, SHORT)
+    assert copy.decoder_about() is None
+
+
+def test_a_course_that_is_broken_off_goes_on_with_the_next_round(copy, revision, monkeypatch, capsys):
+    calls = []
+
+    def once(segmenter, pictures, *rest):
+        calls.append(segmenter)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return trained_decoder(segmenter, pictures, *rest)
+
+    monkeypatch.setattr(decoder, "trained_decoder", once)
+    monkeypatch.setattr(decoder, "teach", lambda run, *args: teach(run, *args, course=SHORT))
+    with Progress() as told:
+        with pytest.raises(KeyboardInterrupt):
+            decoder_of(copy, "cpu", False, told)
+        [first] = copy.decoder_about()["rounds"]
+        left = copy.load_segmenter()
+        assert not has_decoder(copy)
+        decoder_of(copy, "cpu", False, told)
+    assert "note: the decoder's training was broken off; it goes on with the next round" in capsys.readouterr().err
+    assert len(calls) == 3
+    assert same(calls[2].cpu(), left)
+    assert has_decoder(copy)
+    assert copy.decoder_about()["rounds"][0] == first
+    decoder_of(copy, "cpu", True, Progress(True))  # anew from the start
+    assert len(calls) == 5
+    assert not same(calls[3], left)

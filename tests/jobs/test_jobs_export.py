@@ -53,7 +53,10 @@ def with_decoder(tmp_path_factory, trained):
     held = Run.load(copy)
     torch.manual_seed(0)
     layers = ["layer1", "layer2", "layer3"]
-    held.save_decoder(Segmenter(held.model, Decoder((4, 8, 8), width=8), layers), {"epochs": 0})
+    held.save_decoder(
+        Segmenter(held.model, Decoder((4, 8, 8), width=8), layers),
+        {"weights_sha256": inputs.weights_hash(held), "rounds": [{}]},
+    )
     return copy
 
 
@@ -136,6 +139,18 @@ def test_a_run_with_a_decoder_gives_probabilities_of_foreground(capsys, with_dec
     assert export.with_decoder(loaded, "no") is loaded.model
 
 
+def test_a_decoder_of_other_weights_is_left_out(capsys, with_decoder, tmp_path):
+    copy = Run.load(shutil.copytree(with_decoder, tmp_path / "copy"))
+    copy.model.mean.add_(0.01)
+    copy.save_weights(copy.model.state_dict())
+    code, text, err = run(capsys, "export", copy.path, "--out", tmp_path / "copy.onnx")
+    assert code == 0, err
+    assert "note: the decoder is left out, it is of other weights, or unfinished" in " ".join(err.split())
+    assert "masks" not in text
+    refused = failure(capsys, "export", copy.path, "--out", tmp_path / "none.onnx", "--decoder", "yes")
+    assert "has no decoder of its weights" in refused
+
+
 def test_a_network_of_the_users_own(capsys, factory, tmp_path):
     out = tmp_path / "grey.onnx"
     options = ["--size", "24", "--classes", "moth,butterfly", "--fit", "pad", "--opset", "20", "--limit", "3", "--json"]
@@ -181,7 +196,7 @@ def test_what_is_refused_before_any_work(capsys, monkeypatch, trained, factory, 
         return failure(capsys, "export", model, "--out", out, *options)
 
     assert "needs MODEL, --out" in failure(capsys, "export")
-    assert "has no decoder; clearwing segment RUN DATA --pipeline decoder" in refused("--decoder", "yes")
+    assert "has no decoder of its weights; clearwing segment RUN DATA --pipeline decoder" in refused("--decoder", "yes")
     assert "has no decoder" in refused("--decoder", "yes", "--size", "24", model=f"{factory}:grey")
     assert "--decoder: maybe; choose one of auto, yes, no" in refused("--decoder", "maybe")
     assert "--opset: 17; give 18 to 23" in refused("--opset", "17")

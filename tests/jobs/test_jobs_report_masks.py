@@ -62,7 +62,7 @@ DECODER = {
     "value": 0.5,
     "layers": ["layer3"],
     "recipe": recipe()["recipe"],
-    "decoder": {"pictures": 1200, "without_mask": 3, "masks_used": 0},
+    "decoder": {"pictures": 1200, "rounds": [{"without_mask": 9}, {"without_mask": 3}], "masks_used": 0},
 }
 
 
@@ -134,7 +134,10 @@ def test_a_pipeline_in_a_few_words(threshold, said):
 def test_the_command_makes_the_masks_anew(tmp_path):
     assert job.segment_options(part_of(tmp_path)) == " --split val"
     given = {"masks_used_for_calibration": 20, "format": "coco", "options": {"layers": "a b,c"}}
-    (tmp_path / "manifest-0.jsonl").write_text('{"settings": {"limit": 60, "seed": 0, "masks": "the truth"}}\n{}\n')
+    broken = '{"setti\n'  # a process that was killed while it wrote
+    (tmp_path / "manifest-0.jsonl").write_text(
+        broken + '{"settings": {"limit": 60, "seed": 0, "masks": "the truth"}}\n{}\n'
+    )
     options = shlex.split(job.segment_options(part_of(tmp_path, "classic (changed)", split="test", **given)))
     _, config = parse(["segment", "RUN", "DATA", "--out", "OUT", *options])
     assert (config.split, config.pipeline, config.format, config.calibrate) == ("test", "classic", "coco", 20)

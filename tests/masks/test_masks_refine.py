@@ -7,7 +7,7 @@ import torch
 from scipy import ndimage
 
 from clearwing.masks import refine
-from clearwing.masks.refine import blur, clean, dilate, grabcut, seeds
+from clearwing.masks.refine import blur, clean, dilate, grabcut, likely_seeds, seeds
 from clearwing.masks.threshold import percentile
 from clearwing.types import ClearwingError
 
@@ -70,6 +70,20 @@ def test_ties_are_never_sure():
     maps[0, :2] = 1.0
     codes = seeds(maps, maps > 0, sure_foreground=0.9, sure_background=0.5)
     assert set(codes.unique().tolist()) == {refine.PROBABLE_BACKGROUND, refine.PROBABLE_FOREGROUND}
+
+
+def test_likely_seeds_follow_the_probability():
+    probability = torch.tensor([[[0.0, 0.19, 0.2, 0.5], [0.51, 0.99, 0.995, 1.0]]])
+    codes = likely_seeds(probability)
+    background, foreground = refine.PROBABLE_BACKGROUND, refine.PROBABLE_FOREGROUND
+    assert codes.dtype == torch.uint8
+    assert codes[0, 0].tolist() == [refine.SURE_BACKGROUND] * 2 + [background] * 2
+    assert codes[0, 1].tolist() == [foreground] * 2 + [refine.SURE_FOREGROUND] * 2
+    assert not (likely_seeds(probability, sure_foreground=1.0, sure_background=0.0) % 2 != codes % 2).any()
+    doubtful = likely_seeds(probability, sure_foreground=1.0, sure_background=0.0)
+    assert set(doubtful.unique().tolist()) == {background, foreground}
+    with pytest.raises(ClearwingError, match=r"seeds: sure_foreground=0\.4, sure_background=0\.2; give the"):
+        likely_seeds(probability, sure_foreground=0.4)
 
 
 def test_grabcut_mends_a_shifted_map():

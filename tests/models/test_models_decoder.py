@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from clearwing.models.decoder import CONTEXT, Decoder, Segmenter
+from clearwing.models.decoder import WIDEST, Decoder, Segmenter
+from clearwing.models.guided import guided_filter
 from clearwing.models.zoo import build
 from clearwing.types import ClearwingError
 
@@ -41,9 +42,9 @@ def hooks(module):
 class Listening(Decoder):
     """A decoder that keeps what it was given."""
 
-    def forward(self, features):
+    def forward(self, features, size=None):
         self.given = [x.clone() for x in features]
-        return super().forward(features)
+        return super().forward(features, size)
 
 
 # Decoder.
@@ -64,6 +65,9 @@ def test_features_may_have_any_sizes(sides):
     decoder = Decoder((3,) * len(sides), 4).eval()
     features = [torch.randn(2, 3, *side) for side in sides]
     assert decoder(features).shape == (2, *sides[0])
+    logits = decoder(features, (40, 30))
+    expected = nn.functional.interpolate(decoder(features)[:, None], (40, 30), mode="bilinear")[:, 0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
 
 
 def test_every_level_reaches_the_mask():
@@ -76,7 +80,41 @@ def test_every_level_reaches_the_mask():
     features[0].grad = None
     decoder(features)[0, 0, 0].backward()
     assert features[2].grad[0, :, -1, -1].abs().sum() > 0  # the context: from corner to corner
-    assert len(decoder.below) == CONTEXT
+    assert len(decoder.below) == decoder.context == 2
+    blind = Decoder((3, 3, 3), 4, context=0).double().eval()
+    features[2].grad = None
+    blind(features)[0, 0, 0].backward()
+    assert not features[2].grad[0, :, -1, -1].any()
+
+
+def test_coarser_levels_are_wider_up_to_a_limit():
+    decoder = Decoder((3, 3), width=2, context=4)
+    assert [merge[0].out_channels for merge in decoder.merges] == [2, 4, 8, 16, 16]
+    assert decoder.below[-1][0].out_channels == 2 * WIDEST
+
+
+def by_hand(decoder, features):
+    """The sum of every level with the one below, written out from the docstring: no loop over module lists."""
+
+    def unit(part, x):
+        return part[2](part[1](part[0](x)))
+
+    def up(x, like):
+        return nn.functional.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+    fine, coarse = (unit(part, x) for part, x in zip(decoder.laterals, features, strict=True))
+    below = unit(decoder.below[0], coarse)
+    coarse = unit(decoder.merges[1], coarse + up(decoder.narrow[1](below), coarse))
+    fine = unit(decoder.merges[0], fine + up(decoder.narrow[0](coarse), fine))
+    return decoder.head(fine)[:, 0]
+
+
+def test_a_decoder_is_the_sums_by_hand():
+    torch.manual_seed(0)
+    decoder = Decoder((3, 5), 4, context=1).double().eval()
+    features = [torch.randn(2, 3, 9, 12, dtype=torch.float64), torch.randn(2, 5, 5, 6, dtype=torch.float64)]
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(features), by_hand(decoder, features), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +123,7 @@ def test_every_level_reaches_the_mask():
         (((),), r"channels: \(\); give the channels of at least one layer"),
         (((4, 0),), r"channels: \(4, 0\)"),
         (((4,), 0), "width: 0; give a number of at least 1"),
+        (((4,), 4, -1), "context: -1; give a number of levels, 0 for none"),
     ],
 )
 def test_wrong_settings_are_refused(arguments, message):
@@ -205,3 +244,12 @@ def test_a_deep_copy_stands_alone(segmenter):
     inside = set(map(id, twin.modules()))
     assert all(id(module) in inside for module in twin._modules_of_layers)
     assert not hooks(twin)
+
+
+def test_the_mask_follows_the_pictures_edges(segmenter):
+    images = pictures()
+    with torch.no_grad():
+        plain = segmenter.decoder(segmenter.features(images)[1], images.shape[2:]).sigmoid()
+        found = segmenter(images)[1].sigmoid()
+    torch.testing.assert_close(found, guided_filter(plain, images).clamp(1e-4, 1 - 1e-4), rtol=0, atol=1e-5)
+    assert (found - plain).abs().max() > 1e-3

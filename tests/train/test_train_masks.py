@@ -7,7 +7,9 @@ import torch
 
 from clearwing.data.loader import Pictures
 from clearwing.data.sources import Sample
-from clearwing.train.masks import MaskAugment, mask_loss, with_masks
+from clearwing.models.decoder import Decoder, Segmenter
+from clearwing.models.zoo import build
+from clearwing.train.masks import Lesson, MaskAugment, lessons, mask_loss, with_masks
 from clearwing.types import Batch, ClearwingError, Geometry
 
 N, H, W = 6, 20, 24
@@ -94,19 +96,70 @@ def test_colours_change_the_picture_alone():
     assert next(grey.batches(N, augment=MaskAugment(16), seed=1)).images.shape == (N, 3, 16, 16)
 
 
+# Lessons.
+
+
+@pytest.fixture(scope="module")
+def segmenter():
+    torch.manual_seed(0)
+    model = build("resnet8", 3, widths=(4, 4, 4), input_size=16)
+    return Segmenter(model, Decoder((4, 4), 2), ["layer1", "layer3"])
+
+
+def batches(count=3, n=8):
+    """Batches whose pictures hold their number in the channel of shares."""
+    for k in range(count):
+        images = torch.rand(n, 5, 16, 16, generator=torch.Generator().manual_seed(k))
+        images[:, 3] = (torch.arange(n) + k * n)[:, None, None].float()
+        yield Batch(images)
+
+
+def numbers(lesson):
+    return lesson.images[:, 3, 0, 0].int().tolist()
+
+
+def test_every_picture_is_in_as_many_lessons_as_asked_for(segmenter):
+    made = [numbers(lesson) for lesson in lessons(segmenter, batches(), 4, times=3)]
+    assert [len(one) for one in made] == [4] * 18
+    seen = torch.tensor(made).flatten().bincount()
+    assert seen.tolist() == [3] * 24
+    for k in range(3):  # of one batch after the other, each time in another company
+        part = made[6 * k : 6 * k + 6]
+        assert {n for one in part for n in one} == set(range(8 * k, 8 * k + 8))
+        assert len({frozenset(one) for one in part}) > 2
+    assert made == [numbers(lesson) for lesson in lessons(segmenter, batches(), 4, times=3)]
+    assert made != [numbers(lesson) for lesson in lessons(segmenter, batches(), 4, times=3, seed=1)]
+
+
+def test_a_lesson_holds_the_features_of_its_own_pictures(segmenter):
+    for lesson in lessons(segmenter, batches(1), 3, times=2):
+        with torch.no_grad():
+            expected = segmenter.features(lesson.images[:, :3])[1]
+        assert len(lesson) == 3
+        for found, own in zip(lesson.features, expected, strict=True):
+            assert not found.requires_grad
+            torch.testing.assert_close(found, own, rtol=0, atol=1e-5)
+
+
+def test_what_is_left_over_is_left_out(segmenter):
+    made = [numbers(lesson) for lesson in lessons(segmenter, batches(2, n=5), 4)]
+    assert [len(one) for one in made] == [4, 4]
+    assert not list(lessons(segmenter, batches(2, n=3), 4))
+
+
 # The loss.
 
 
 class Fixed(torch.nn.Module):
-    """Gives the logits it was made with, and keeps what it saw."""
+    """A decoder that gives the logits it was made with, and keeps what it saw."""
 
     def __init__(self, logits):
         super().__init__()
         self.logits = torch.nn.Parameter(logits)
 
-    def forward(self, images):
-        self.seen = images
-        return torch.zeros(len(images), 2), self.logits
+    def forward(self, features, size):
+        self.seen, self.size = features, size
+        return self.logits
 
 
 def drawn(seed=0, n=4, side=5):
@@ -140,9 +193,10 @@ def reference(logits, images):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_loss_is_the_slow_one(seed):
     logits, images = drawn(seed)
-    module = Fixed(logits)
-    value, _ = mask_loss()(module, Batch(images))
-    assert torch.equal(module.seen, images[:, :3])
+    module, features = Fixed(logits), (torch.rand(4, 2, 3, 3),)
+    value, _ = mask_loss()(module, Lesson(images, features=features))
+    assert module.seen is features
+    assert module.size == (5, 5)
     assert value.item() == pytest.approx(reference(logits, images), rel=1e-5)
 
 
@@ -154,7 +208,7 @@ def test_what_is_right_is_a_sum_of_ious():
     images[0, 3, :, 0] = 0.8  # the left column: an IoU of a third
     images[1, 3, 0, 0] = 0.9  # nothing of it found: 0
     images[2, 3] = 0.2  # less than half is nothing, and nothing was found: 1
-    assert mask_loss()(Fixed(logits), Batch(images))[1].item() == pytest.approx(4 / 3)
+    assert mask_loss()(Fixed(logits), Lesson(images))[1].item() == pytest.approx(4 / 3)
 
 
 def test_better_masks_cost_less():
@@ -162,7 +216,7 @@ def test_better_masks_cost_less():
     images[:, 3] = (images[:, 3] > 0.5).float()
     wanted = images[:, 3] * 2 - 1
     loss = mask_loss()
-    costs = [loss(Fixed(scale * wanted), Batch(images))[0].item() for scale in (-4, 0, 4, 12)]
+    costs = [loss(Fixed(scale * wanted), Lesson(images))[0].item() for scale in (-4, 0, 4, 12)]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < 0.01
 
@@ -171,14 +225,14 @@ def test_pixels_without_weight_do_not_count():
     logits, images = drawn()
     images[:, 4, :, 2:] = 0
     module, loss = Fixed(logits), mask_loss()
-    value, _ = loss(module, Batch(images))
+    value, _ = loss(module, Lesson(images))
     value.backward()
     assert not module.logits.grad[:, :, 2:].any()
     assert module.logits.grad[:, :, :2].abs().min() > 0
     images[:, 3, :, 2:] = 1 - images[:, 3, :, 2:]
     other = logits.clone()
     other[:, :, 2:] = 7.0
-    assert loss(Fixed(other), Batch(images))[0].item() == pytest.approx(value.item(), rel=1e-6)
+    assert loss(Fixed(other), Lesson(images))[0].item() == pytest.approx(value.item(), rel=1e-6)
 
 
 def test_pictures_without_weight_do_not_count():
@@ -186,11 +240,11 @@ def test_pictures_without_weight_do_not_count():
     images[:3, 4] = 1.0
     images[3, 4] = 0.0
     loss = mask_loss()
-    value, _ = loss(Fixed(logits), Batch(images))
-    assert value.item() == pytest.approx(loss(Fixed(logits[:3]), Batch(images[:3]))[0].item(), rel=1e-6)
+    value, _ = loss(Fixed(logits), Lesson(images))
+    assert value.item() == pytest.approx(loss(Fixed(logits[:3]), Lesson(images[:3]))[0].item(), rel=1e-6)
     images[:, 4] = 0
     module = Fixed(logits)
-    value, _ = loss(module, Batch(images))
+    value, _ = loss(module, Lesson(images))
     value.backward()
     assert value.item() == 0
     assert not module.logits.grad.any()
@@ -199,6 +253,6 @@ def test_pictures_without_weight_do_not_count():
 def test_half_precision_logits_give_the_loss_of_their_values():
     logits, images = drawn()
     short = logits.bfloat16()
-    value, _ = mask_loss()(Fixed(short), Batch(images))
+    value, _ = mask_loss()(Fixed(short), Lesson(images))
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(reference(short.float(), images), rel=1e-5)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -11,37 +15,50 @@ from torch import Tensor, nn
 
 from clearwing.attribution.methods import explain
 from clearwing.attribution.trace import record
+from clearwing.data.augment import seed_of
 from clearwing.data.loader import Pictures, epoch_order
 from clearwing.jobs import inputs
 from clearwing.jobs.maskers import stages
 from clearwing.jobs.progress import Progress, TrainingBar
-from clearwing.masks.pipeline import VOTERS, resized, segment_with, vote
+from clearwing.masks.pipeline import RECIPES, VOTERS, resized, segment_with, vote
+from clearwing.masks.refine import clean, grabcut, likely_seeds
 from clearwing.models.decoder import Decoder, Segmenter
-from clearwing.run import Run
+from clearwing.run import DECODER, Run
 from clearwing.train.devices import is_child, make_fabric
 from clearwing.train.ema import EMA
 from clearwing.train.fit import fit
-from clearwing.train.masks import MaskAugment, mask_loss, with_masks
+from clearwing.train.masks import MaskAugment, lessons, mask_loss, with_masks
 from clearwing.train.optim import optimizer
 from clearwing.train.schedule import Steps, schedule
 from clearwing.types import Batch, ClearwingError
 
+REFINE = RECIPES["refine"]
 LEVELS = 5
 """Sizes of features that the decoder takes, at most: all of a ResNet's."""
+COARSEST = 4
+"""Pixels of the decoder's coarsest level, about: from there it sees the whole picture."""
+CHUNK = 4
+"""Batches that pass the classifier together, to be learned from in mixed company."""
+CUTS = ((0.99, 0.2), (0.99, 0.35), (0.95, 0.2))
+"""Probabilities that are sure foreground and sure background where a decoder's masks are cut for the next round."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """How a decoder is taught. Usual values, set without a search."""
+    """How a decoder is taught: in rounds, the first on the masks of the network's maps, each next one on the masks of
+    the decoder so far, cut along the pictures' edges."""
 
     pictures: int = 4000  # at the most, spread over the training pictures
-    steps: int = 500
+    rounds: int = 2
+    steps: int = 600  # a round
     batch: int = 32
+    times: int = 2  # that a batch is learned from, once it has passed the classifier
+    trust: float = 4.0  # the power of their agreement that masks count by
     lr: float = 2e-3
     weight_decay: float = 1e-2
     ema: float = 0.99
     scale: float = 0.5  # the smallest crop, as a share of the picture
-    width: int = 32
+    width: int = 16
 
 
 def teach(run: Run, device: str, progress: Progress, course: Course = Course()) -> Segmenter:
@@ -57,24 +74,63 @@ def teach(run: Run, device: str, progress: Progress, course: Course = Course()) 
     pictures = inputs.load_for(loaded, samples, None, progress)
     side = VOTERS[0].side(loaded.size)
     fine = inputs.load_for(replace(loaded, size=side), samples, None, progress) if side > loaded.size else pictures
-    fabric = make_fabric(device)
-    model = loaded.model.to(fabric.device)
-    shares, agreement = votes(model, pictures, fine, fabric.device, progress)
-    found = (shares > 0.5).flatten(1).any(1)
-    if not found.any():
-        raise ClearwingError("--pipeline", "decoder", "the network gives no mask to teach with; train it longer")
-    taught = with_masks(pictures, shares, agreement * found)  # a picture without a mask does not say: no object
-    segmenter = trained_decoder(model, taught, fabric, course, progress)
     about = {
         "weights_sha256": inputs.weights_hash(run),
         "pictures": len(pictures),
-        "without_mask": int((~found).sum()),
-        "agreement": float(agreement.mean()),
         "masks_used": 0,
         "course": vars(course),
     }
-    run.save_decoder(segmenter, about)
+    kept = run.decoder_about() or {}
+    started = (run.load_segmenter(), kept["rounds"]) if about.items() <= kept.items() and unfinished(kept) else None
+    for segmenter, rounds in taught(loaded.model, pictures, fine, make_fabric(device), course, progress, started):
+        run.save_decoder(segmenter, about | {"rounds": rounds})
     return segmenter
+
+
+def taught(
+    model: nn.Module,
+    pictures: Pictures,
+    fine: Pictures,
+    fabric: Fabric,
+    course: Course,
+    progress: Progress,
+    started: tuple[Segmenter, list[dict[str, float]]] | None = None,
+) -> Iterator[tuple[Segmenter, list[dict[str, float]]]]:
+    """A decoder on a classifier's features, taught by what the classifier itself makes of the pictures, as it takes
+    them and as they are refined: after each round of the course, with what is told of every round so far, how well its
+    masks agreed and how many pictures had none. `started` is what an earlier call gave last."""
+    model = model.to(fabric.device)
+    segmenter, told = started or (new_decoder(model, pictures, fabric.device, course.width), [])
+    segmenter = segmenter.to(fabric.device)
+    for count in range(len(told) + 1, course.rounds + 1):
+        if count == 1:
+            shares, agreement = votes(model, pictures, fine, fabric.device, progress)
+        else:
+            shares, agreement = revised(segmenter, pictures, fine, fabric, progress)
+        found = (shares > 0.5).flatten(1).any(1)
+        told = [*told, {"agreement": float(agreement.mean()), "without_mask": int((~found).sum())}]
+        progress.say(f"round {count} of {course.rounds}: the masks agree with a mean IoU of {agreement.mean():.2f}")
+        weights = agreement**course.trust * found  # a picture without a mask does not say: no object
+        if (weights * 255).round().any():
+            lesson = with_masks(pictures, shares, weights)
+            segmenter = trained_decoder(segmenter, lesson, fabric, course, progress)
+        elif count == 1:
+            raise ClearwingError("--pipeline", "decoder", "the network gives no mask to teach with; train it longer")
+        else:
+            progress.say("no revised mask is fit to learn from: the decoder stays as it is")
+        yield segmenter, told
+
+
+def new_decoder(model: nn.Module, pictures: Pictures, device: torch.device, width: int, seed: int = 0) -> Segmenter:
+    """An untrained decoder on the classifier's features of such pictures, deep enough to see the whole of them."""
+    one = next(iter(pictures.subset(1).batches(1, device=device))).images
+    layers = stages(model, one, LEVELS)
+    features = record(model, one, layers, inputs=False).features
+    context = max(0, round(math.log2(max(features[layers[-1]].shape[2:]) / COARSEST)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = Decoder([features[layer].shape[1] for layer in layers], width, context)
+    return Segmenter(model, decoder, layers).to(device).to(memory_format=torch.channels_last)
 
 
 def votes(
@@ -104,55 +160,83 @@ def votes(
     return torch.cat(shares), torch.cat(agreements)
 
 
+def revised(
+    segmenter: Segmenter, pictures: Pictures, fine: Pictures, fabric: Fabric, progress: Progress, batch_size: int = 32
+) -> tuple[Tensor, Tensor]:
+    """What a decoder makes of the pictures it was taught by, cut along the edges of the finer ones, as `votes` gives
+    it: the voters are the mask itself and its CUTS. Its probabilities are averaged over the picture and its mirror
+    image."""
+    told, shares, agreements = progress.task("revising the masks"), [], []
+    size, side = pictures.images.shape[2:], fine.images.shape[2:]
+    done = 0
+    for batch, finer in zip(*(p.batches(batch_size, device=fabric.device) for p in (pictures, fine)), strict=True):
+        with torch.inference_mode(), fabric.autocast():
+            views = [segmenter(batch.images)[1], segmenter(batch.images.flip(3))[1].flip(2)]
+        likely = resized(torch.stack(views).float().sigmoid().mean(0), (side[0], side[1]))
+        made, fell_back = [likely > 0.5], torch.zeros(len(batch), dtype=torch.bool)
+        for foreground, background in CUTS:
+            codes = likely_seeds(likely, sure_foreground=foreground, sure_background=background)
+            cut, failed = grabcut(finer.images, codes, iterations=REFINE.iterations)
+            fell_back |= failed.cpu()
+            made.append(clean(cut, likely, share=REFINE.keep, fill=REFINE.fill))
+        share, agreement = vote(made)
+        shares.append(resized(share, (size[0], size[1])).clamp(0, 1).cpu())
+        agreements.append(torch.where(fell_back, 0, agreement.cpu()))  # who repeats the decoder does not agree with it
+        done += len(batch)
+        told(done, len(pictures))
+    return torch.cat(shares), torch.cat(agreements)
+
+
 def trained_decoder(
-    model: nn.Module, pictures: Pictures, fabric: Fabric, course: Course, progress: Progress, seed: int = 0
+    segmenter: Segmenter, pictures: Pictures, fabric: Fabric, course: Course, progress: Progress, seed: int = 0
 ) -> Segmenter:
-    """A decoder on a classifier's features, taught by pictures with masks (see `with_masks`); in eval mode."""
-    one = next(iter(pictures.subset(1).batches(1, device=fabric.device))).images[:, :-2]
-    layers = stages(model, one, LEVELS)
-    features = record(model, one, layers, inputs=False).features
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        decoder = Decoder([features[layer].shape[1] for layer in layers], course.width)
-    segmenter = Segmenter(model, decoder, layers).to(fabric.device).to(memory_format=torch.channels_last)
-    augment = MaskAugment(one.shape[2], (course.scale, 1.0))
+    """A copy whose decoder has learned from pictures with masks (see `with_masks`) for one round; in eval mode."""
+    segmenter = copy.deepcopy(segmenter)
+    augment = MaskAugment(pictures.images.shape[2], (course.scale, 1.0))
     batch = min(course.batch, len(pictures))
-    per_epoch = max(1, len(pictures) // batch)
-    ema = EMA(segmenter, course.ema)
+    ema = EMA(segmenter.decoder, course.ema)
 
     def batches(epoch: int, start: int) -> Iterator[Batch]:
-        order = epoch_order(len(pictures), seed, epoch)
-        return pictures.batches(
-            batch,
+        chunks = pictures.batches(
+            CHUNK * batch,
             device=fabric.device,
-            order=order,
+            order=epoch_order(len(pictures), seed, epoch),
             augment=augment,
             seed=seed,
             epoch=epoch,
-            start=start,
-            drop_last=True,
             ahead=1,
         )
+        shuffle, precise = seed_of(seed, epoch), fabric.autocast
+        return islice(
+            lessons(segmenter, chunks, batch, times=course.times, seed=shuffle, autocast=precise), start, None
+        )
 
-    fit(
-        segmenter,
+    state = fit(
+        segmenter.decoder,
         batches,
         mask_loss(),
         optimizer=optimizer(segmenter.decoder, "adamw", course.lr, weight_decay=course.weight_decay),
         schedule=schedule("cosine"),
-        plan=Steps(max(course.steps, per_epoch)),
+        plan=Steps(course.steps),
         fabric=fabric,
         ema=ema,
-        watchers=[TrainingBar(progress, len(pictures))],
+        watchers=[TrainingBar(progress, len(pictures) * course.times, "IoU")],
     )
-    averaged = ema.module
-    return Segmenter(model, averaged.decoder, layers).eval() if isinstance(averaged, Segmenter) else segmenter
+    if state.interrupted:
+        raise KeyboardInterrupt
+    segmenter.decoder.load_state_dict(ema.module.state_dict())
+    return segmenter.eval()
 
 
 def has_decoder(run: Run) -> bool:
-    """Whether the run has a decoder of its present weights."""
+    """Whether the run has a decoder of its present weights, taught to the end."""
     about = run.decoder_about()
-    return about is not None and about.get("weights_sha256") == inputs.weights_hash(run)
+    return about is not None and about.get("weights_sha256") == inputs.weights_hash(run) and not unfinished(about)
+
+
+def unfinished(about: dict[str, Any]) -> bool:
+    """Whether rounds of its course are left, because the teaching was killed."""
+    return len(about.get("rounds", [])) < about.get("course", {}).get("rounds", 1)
 
 
 def decoder_of(run: Run, device: str, retrain: bool, progress: Progress) -> None:
@@ -165,7 +249,12 @@ def decoder_of(run: Run, device: str, retrain: bool, progress: Progress) -> None
     if is_child():
         mend = "has to be trained by one process first: call this once without torchrun or srun, with --limit 1"
         raise ClearwingError("--pipeline", "decoder", mend)
-    if run.decoder_about() is not None and not retrain:
+    about = run.decoder_about()
+    if retrain:
+        run.file(DECODER).unlink(missing_ok=True)
+    elif about is not None and about.get("weights_sha256") != inputs.weights_hash(run):
         progress.say("note: the decoder is of earlier weights of this run; it is trained anew")
+    elif about is not None and "rounds" in about:
+        progress.say("note: the decoder's training was broken off; it goes on with the next round")
     progress.say("training the decoder on masks of the training pictures, made from the network alone")
     teach(run, device, progress)

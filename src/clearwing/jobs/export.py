@@ -19,6 +19,7 @@ from clearwing import __version__
 from clearwing.attribution.network import exact
 from clearwing.config import ExportConfig
 from clearwing.jobs import inputs
+from clearwing.jobs.decoder import has_decoder
 from clearwing.jobs.doctor import drawn
 from clearwing.jobs.progress import Progress
 from clearwing.measure.overlap import iou
@@ -64,6 +65,11 @@ def export(config: ExportConfig) -> dict[str, Any]:
     about = description(loaded, isinstance(module, Segmenter))
     began = time.monotonic()
     with Progress(config.json) as progress:
+        if loaded.run is not None and loaded.run.decoder_about() and not isinstance(module, Segmenter):
+            progress.say(
+                "note: the decoder is left out"
+                + ("" if config.decoder == "no" else ", it is of other weights, or unfinished")
+            )
         progress.say(f"exporting {loaded.name}, then comparing onnxruntime with torch")
         images = pictures(config.limit or PICTURES, loaded.size, loaded.channels)
         agreement = export_onnx(module, out, images, opset=config.opset, about=about, device=device)
@@ -119,12 +125,11 @@ def check_weights(module: nn.Module) -> None:
 
 
 def with_decoder(loaded: inputs.Loaded, decoder: str) -> nn.Module:
-    """The network, or the Segmenter of a run that has a decoder."""
-    there = loaded.run is not None and loaded.run.decoder_about() is not None
-    if loaded.run is not None and there and decoder != "no":
+    """The network, or the Segmenter of a run that has a decoder of its present weights."""
+    if loaded.run is not None and decoder != "no" and has_decoder(loaded.run):
         return loaded.run.load_segmenter()
     if decoder == "yes":
-        mend = "has no decoder; clearwing segment RUN DATA --pipeline decoder trains one for a RUN"
+        mend = "has no decoder of its weights; clearwing segment RUN DATA --pipeline decoder trains one for a RUN"
         raise ClearwingError("--decoder", decoder, f"{loaded.name} {mend}")
     return loaded.model
 

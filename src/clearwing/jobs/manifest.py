@@ -34,7 +34,7 @@ class Manifest:
     def check(self) -> None:
         """Raise ClearwingError where what is done was made with other settings."""
         for path in self._paths():
-            for line in _lines(path):
+            for line in manifest_lines(path):
                 if "settings" in line and line["settings"] != self.settings:
                     keys = [key for key in self.settings if self.settings[key] != line["settings"].get(key)]
                     mend = f"what is there was made with another {', '.join(keys) or 'version'}; use --overwrite"
@@ -52,7 +52,7 @@ class Manifest:
     def blocks(self) -> Iterator[dict[str, Any]]:
         """All blocks of all processes, one at a time."""
         for path in self._paths():
-            for line in _lines(path):
+            for line in manifest_lines(path):
                 if "settings" not in line:
                     yield line
 
@@ -60,7 +60,8 @@ class Manifest:
         return sorted(self.folder.glob("manifest-*.jsonl"))
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def manifest_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What a manifest holds, line by line; half a line, which a killed process left, is passed over."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             try:

@@ -39,7 +39,10 @@ def chosen_recipe(config: SegmentConfig) -> Recipe:
         if len(named) != len(recipe.weights):
             recipe = replace(recipe, layers=len(named), weights=(1.0,) * len(named))
     if config.threshold is not None and config.threshold != "auto":
-        binarize(torch.rand(1, 4, 4), config.threshold)  # a threshold that is not known raises before work starts
+        try:  # a threshold that is not known raises before work starts
+            binarize(torch.rand(1, 4, 4), config.threshold)
+        except ClearwingError as error:
+            raise ClearwingError("--threshold", config.threshold, error.mend) from error
         recipe = replace(recipe, threshold=config.threshold)
     if config.refine is not None:
         pool = 5 if config.refine == "maxpool" else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from clearwing.data.preprocess import restore
 from clearwing.masks import baselines
 from clearwing.masks.pipeline import RECIPES, Recipe, Segmentation, fuse, segment_with
 from clearwing.masks.refine import clean, dilate
-from clearwing.masks.threshold import binarize
+from clearwing.masks.threshold import binarize, informative
 from clearwing.models.decoder import Segmenter
 from clearwing.types import Batch, ClearwingError, Explanation, near
 
@@ -83,10 +84,10 @@ class DecoderMasker:
 
     def __call__(self, batch: Batch, fine: Batch) -> Masked:
         shares, logits = self.shares(batch)
-        found = shares > self.cut
+        found = shares >= self.cut
         whole = clean(found, shares, share=RECIPES["refine"].keep, fill=True)  # no small pieces, no holes
         made = torch.where(found == whole, shares, whole.float())
-        return Masked(made, empty=~found.flatten(1).any(1), logits=logits, maps=shares)
+        return Masked(made, empty=~informative(shares), logits=logits, maps=shares)
 
 
 def whole(made: Masked, batch: Batch, fine: Batch, cut: float = 0.5) -> list[Tensor]:
@@ -94,7 +95,7 @@ def whole(made: Masked, batch: Batch, fine: Batch, cut: float = 0.5) -> list[Ten
     smooth."""
     masks = made.masks if made.masks.is_floating_point() else made.masks.byte()
     full = restored(masks, batch, fine)
-    return [(one > cut).byte() if one.is_floating_point() else one for one in full]
+    return [(one >= cut).byte() if one.is_floating_point() else one for one in full]
 
 
 def restored(values: Tensor, batch: Batch, fine: Batch) -> list[Tensor]:
@@ -151,10 +152,9 @@ def free_masks(model: nn.Module, images: Tensor | Batch, pipeline: str = "refine
     """
     pictures = images.images if isinstance(images, Batch) else images
     if isinstance(model, Segmenter):
-        training = model.training
+        training, batch = model.training, Batch(pictures)
         try:
-            with torch.inference_mode():
-                return (model.eval()(pictures)[1] > 0).byte()
+            return (DecoderMasker(model.eval(), nullcontext)(batch, batch).masks >= 0.5).byte()
         finally:
             model.train(training)
     if pipeline not in RECIPES:

@@ -58,10 +58,10 @@ class Progress:
 
 
 class TrainingBar:
-    """Accuracy, loss, learning rate, pictures a second and time left, as `fit` tells them."""
+    """Accuracy (or what else is `right`), loss, learning rate, pictures a second and time left, as `fit` tells them."""
 
-    def __init__(self, progress: Progress, pictures: int) -> None:
-        self.progress, self.pictures = progress, pictures
+    def __init__(self, progress: Progress, pictures: int, right: str = "accuracy") -> None:
+        self.progress, self.pictures, self.right = progress, pictures, right
         self.task = progress.bars.add_task("epoch 1", total=pictures, note="")
         self.began, self.shown_from = time.monotonic(), 0.0
 
@@ -70,13 +70,13 @@ class TrainingBar:
         left = row.get("remaining")
         if left is None and row["progress"] > 0:
             left = (now - self.began) * (1 - row["progress"]) / max(row["progress"] - self.shown_from, 1e-6)
-        note = f"accuracy {row['accuracy']:.1%}  loss {row['loss']:.3f}  lr {row['lr']:.4f}"
+        note = f"{self.right} {row['accuracy']:.1%}  loss {row['loss']:.3f}  lr {row['lr']:.4f}"
         note += f"  {row['images_per_s']:.0f} pictures/s" + (f"  {clock_time(left)} left" if left is not None else "")
         done = int(row["pictures"])
         self.progress.bars.update(self.task, description=f"epoch {epoch}", completed=done, note=note)
 
     def epoch(self, row: dict[str, Any]) -> None:
-        line = f"epoch {row['epoch']:>3}  train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:.1%}"
+        line = f"epoch {row['epoch']:>3}  train loss {row['train_loss']:.3f} {self.right} {row['train_accuracy']:.1%}"
         if "val_accuracy" in row:
             line += f"  val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:.1%}"
         line += f"  lr {row['lr']:.4f}  {row['images_per_s']:.0f} pictures/s  {row['seconds']:.1f} s"

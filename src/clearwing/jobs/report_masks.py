@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from clearwing.config import ReportConfig, SegmentConfig
 from clearwing.data.preprocess import read_mask, read_picture
 from clearwing.data.sources import Sample
 from clearwing.jobs import inputs
+from clearwing.jobs.manifest import manifest_lines
 from clearwing.jobs.progress import Progress
 from clearwing.jobs.report_seen import Seen
 from clearwing.run import Run, read_json
@@ -50,8 +50,9 @@ class Part:
     def settings(self) -> dict[str, Any]:
         """All that the call was told, where its manifest is still there."""
         for path in sorted(self.folder.glob("manifest-*.jsonl")):
-            with path.open(encoding="utf-8") as file:
-                return dict(json.loads(file.readline()).get("settings", {}))
+            for line in manifest_lines(path):
+                if "settings" in line:
+                    return dict(line["settings"])
         return {}
 
     def file(self, key: str) -> Path | None:
@@ -162,7 +163,7 @@ def about_baselines(part: Part) -> dict[str, str]:
     """What each baseline does, in a few words."""
     same = "the refine pipeline" if part.way == "decoder" else "the same pipeline"
     return {
-        "everything": "every pixel foreground",
+        "everything": "all that the network sees, foreground",
         "centre-gaussian": "a Gaussian on the centre, 80th percentile, 5x5 max-pool; no network",
         "centre-box-grabcut": "GrabCut from a centre box; no network",
         "edge-map": f"{same} on the picture's edges; no network",
@@ -174,7 +175,7 @@ def about_pipeline(result: dict[str, Any]) -> str:
     """How the masks were made, in a few words."""
     threshold = result["threshold"]
     if (decoder := threshold.get("decoder")) is not None:
-        taught = decoder["pictures"] - decoder["without_mask"]
+        taught = decoder["pictures"] - decoder["rounds"][-1]["without_mask"]
         by = f"{decoder['masks_used']} drawn masks" if decoder.get("masks_used") else "the network alone"
         words = ["a decoder on the network's features", "one forward pass"]
         words += [f"taught by {taught:,} pictures' masks from {by}"]

@@ -60,7 +60,7 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
     loaded = inputs.open_model(config.run, size=config.size, fit=config.fit)
     if config.pipeline == "decoder" and loaded.run is None:
         raise ClearwingError("--pipeline", "decoder", "is trained for a RUN; give one, or take refine")
-    check_format(config, len(loaded.model.class_names))
+    check_format(config, loaded.model.num_classes or len(loaded.model.class_names))
     dataset = open_samples(config, loaded.run)
     samples = inputs.limited(inputs.split_of(dataset, config.split), config.limit)
     if config.masks is not None and not any(sample.mask is not None for sample in samples):

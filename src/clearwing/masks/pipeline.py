@@ -107,7 +107,7 @@ def segment(
 
     Args:
         explanation: one Explanation (or maps (N, H, W)), or several to be joined, from the shallow layer to the deep:
-            each is divided by its own maximum; three are summed with the weights of the recipe `refine`, others with
+            each is divided by its own maximum; two are summed with the weights of the recipe `refine`, others with
             equal ones.
         images: the pictures explained, (N, C, H, W) in [0, 1], or their Batch; finer ones make finer masks.
         threshold: "auto" (Otsu's), or what `binarize` takes: "percentile:80", "otsu", "mean", ...

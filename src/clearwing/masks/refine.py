@@ -73,6 +73,22 @@ def seeds(maps: Tensor, foreground: Tensor, *, sure_foreground: float, sure_back
     return torch.where(usable, codes, SURE_BACKGROUND).byte()
 
 
+def likely_seeds(probability: Tensor, *, sure_foreground: float = 0.99, sure_background: float = 0.2) -> Tensor:
+    """Where GrabCut starts, from the foreground's probability: (N, H, W) in [0, 1] -> uint8 codes (N, H, W).
+
+    Probable foreground above 0.5, sure above `sure_foreground`; the rest is probable background, sure below
+    `sure_background`. Unlike `seeds`, nothing need be sure.
+
+    >>> codes = likely_seeds(segmenter(images)[1].sigmoid())
+    """
+    if not 0 <= sure_background <= 0.5 <= sure_foreground <= 1:
+        value = f"sure_foreground={sure_foreground}, sure_background={sure_background}"
+        raise ClearwingError("seeds", value, "give the background 0 to 0.5, the foreground 0.5 to 1")
+    background = torch.where(probability < sure_background, SURE_BACKGROUND, PROBABLE_BACKGROUND)
+    foreground = torch.where(probability > sure_foreground, SURE_FOREGROUND, PROBABLE_FOREGROUND)
+    return torch.where(probability > 0.5, foreground, background).byte()
+
+
 def grabcut(
     images: Tensor,
     codes: Tensor,
@@ -86,7 +102,7 @@ def grabcut(
 
     Args:
         images: (N, C, H, W) in [0, 1], one or three channels.
-        codes: uint8 (N, H, W), from `seeds`.
+        codes: uint8 (N, H, W), from `seeds` or `likely_seeds`.
         iterations: rounds of fitting the colours and cutting the graph.
         colours: longer side of the copy of each picture that the colours are first guessed on, by k-means; every round
             then fits them to all pixels. The guess on all pixels took longer than a cut, and was no better.
@@ -147,7 +163,7 @@ def clean(masks: Tensor, maps: Tensor, *, share: float = 0.2, fill: bool = True,
     _check_masks(masks, maps.shape)
     if not 0 <= share <= 1:
         raise ClearwingError("share", share, "give a share from 0 to 1")
-    given, mass = masks.cpu().numpy(), maps.clamp(min=0).double().cpu().numpy()
+    given, mass = masks.cpu().numpy(), maps.clamp(min=0).cpu().double().numpy()
 
     def one(i: int) -> tuple[np.ndarray, bool]:
         mask = given[i]

@@ -75,7 +75,7 @@ def otsu_threshold(maps: Tensor, bins: int = 256) -> Tensor:
     index += ((x >= edges.gather(1, index + 1)) & (index < bins - 1)).long()
     counts = x.new_zeros(len(x), bins).scatter_add_(1, index, torch.ones_like(x))
 
-    # in units of bins: the best k is the same, and the sums are whole numbers, exact in float32 up to 16 million
+    # in units of bins: the best k is the same, and the sums are halves, exact in float32 up to 8 million
     places = counts * (torch.arange(bins, device=x.device) + 0.5)
     weight, first = counts.cumsum(1), places.cumsum(1)  # w(k), mu(k) of the paper, times HW
     weight_above, first_above = weight[:, -1:] - weight, first[:, -1:] - first

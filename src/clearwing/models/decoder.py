@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clearwing.models.guided import guided_filter
 from clearwing.types import ClearwingError
 
-CONTEXT = 2
-"""Levels that the decoder adds below the classifier's coarsest, each of half the size: what a small network's last
-stage sees of a picture is often less than the object."""
+WIDEST = 8
+"""The most channels of a level of the decoder, as a multiple of those of its finest."""
 
 
 class Decoder(nn.Module):
     """Features of several sizes, fine to coarse, to one mask logit a place of the finest: (N, h, w).
 
-    A feature pyramid (Lin et al. 2017, section 3): every level is brought to `width` channels by a 1x1 convolution;
-    from the coarsest on, the sum so far is upsampled and added to the next finer level. As in U-Net, a 3x3
-    convolution follows each sum. Below the coarsest, `CONTEXT` levels of stride-2 convolutions see the whole picture.
+    The second half of a U-Net (Ronneberger et al. 2015) on a classifier's features, joined by sums as in a feature
+    pyramid (Lin et al. 2017, section 3): every level is brought to its width by a 1x1 convolution; from the coarsest
+    on, the sum so far is narrowed, upsampled and added to the next finer level, and a 3x3 convolution follows. A
+    level has twice the width of the next finer one, up to `WIDEST` times `width`: where a picture is small, channels
+    cost little. Below the coarsest features, `context` levels of stride-2 convolutions see the whole picture: what a
+    small network's last stage sees of it is often less than the object.
 
     channels: of the features, fine to coarse.
-    width: channels inside.
+    width: channels inside, of the finest level.
+    context: levels that the decoder adds below the coarsest features, each of half the size.
 
     >>> decoder = Decoder((32, 64, 128))
     >>> decoder([torch.zeros(5, 32, 64, 64), torch.zeros(5, 64, 32, 32), torch.zeros(5, 128, 16, 16)]).shape
@@ -33,34 +39,43 @@ class Decoder(nn.Module):
     Raises ClearwingError for settings out of range.
     """
 
-    def __init__(self, channels: Sequence[int], width: int = 32) -> None:
+    def __init__(self, channels: Sequence[int], width: int = 16, context: int = 2) -> None:
         super().__init__()
         if not channels or min(channels) < 1:
             raise ClearwingError("channels", tuple(channels), "give the channels of at least one layer")
         if width < 1:
             raise ClearwingError("width", width, "give a number of at least 1")
-        self.channels, self.width = tuple(channels), width
-        self.laterals = nn.ModuleList(_unit(count, width, 1) for count in channels)
-        self.below = nn.ModuleList(_unit(width, width, 3, stride=2) for _ in range(CONTEXT))
-        self.merges = nn.ModuleList(_unit(width, width, 3) for _ in range(len(channels) + CONTEXT - 1))
+        if context < 0:
+            raise ClearwingError("context", context, "give a number of levels, 0 for none")
+        self.channels, self.width, self.context = tuple(channels), width, context
+        widths = [width * min(2**level, WIDEST) for level in range(len(channels) + context)]
+        self.laterals = nn.ModuleList(_unit(count, own, 1) for count, own in zip(channels, widths, strict=False))
+        steps = list(pairwise(widths))  # (finer, coarser), fine to coarse
+        self.below = nn.ModuleList(_unit(*step, 3, stride=2) for step in steps[len(channels) - 1 :])
+        self.narrow = nn.ModuleList(nn.Conv2d(coarser, finer, 1, bias=False) for finer, coarser in steps)
+        self.merges = nn.ModuleList(_unit(finer, finer, 3) for finer, _ in steps)
         self.head = nn.Conv2d(width, 1, 1)
 
-    def forward(self, features: Sequence[Tensor]) -> Tensor:
+    def forward(self, features: Sequence[Tensor], size: Sequence[int] | None = None) -> Tensor:
+        """Mask logits (N, h, w) of the finest features, or (N, *size) in another size."""
         levels = [lateral(x) for lateral, x in zip(self.laterals, features, strict=True)]
         for below in self.below:
             levels.append(below(levels[-1]))
         x = levels.pop()
-        for merge in self.merges:
-            finer = levels.pop()
-            x = merge(finer + F.interpolate(x, finer.shape[2:], mode="bilinear", align_corners=False))
-        return self.head(x)[:, 0]
+        for finer, narrow, merge in zip(reversed(levels), reversed(self.narrow), reversed(self.merges), strict=True):
+            x = merge(finer + F.interpolate(narrow(x), finer.shape[2:], mode="bilinear", align_corners=False))
+        logits = self.head(x)
+        if size is not None and logits.shape[2:] != torch.Size(size):
+            logits = F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+        return logits[:, 0]
 
 
 class Segmenter(nn.Module):
     """A classifier and a decoder on its features: one pass gives logits (N, K) and mask logits (N, H, W).
 
     layers: the modules of the classifier whose outputs (N, C, h, w) the decoder takes, fine to coarse.
-    The mask is where the second is above 0; it has the size of the pictures. The classifier is not trained:
+    The mask is where the second is above 0; it has the size of the pictures, whose edges it follows: the decoder's
+    probability goes through `guided_filter`. The classifier is not trained:
     it stays in evaluation mode, its parameters take no gradient, and it says what it would say alone.
 
     >>> segmenter = Segmenter(model, Decoder((32, 64, 128)), ["layer1", "layer2", "layer3"])
@@ -88,13 +103,16 @@ class Segmenter(nn.Module):
         self.model.eval()
         return self
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        with _outputs_of(self._modules_of_layers) as features:
+    def features(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The classifier's logits (N, K), and what the decoder takes, fine to coarse."""
+        with _outputs_of(self._modules_of_layers) as found:
             logits = self.model(images)
-        masks = self.decoder([features[module] for module in self._modules_of_layers])
-        if masks.shape[1:] != images.shape[2:]:
-            masks = F.interpolate(masks[:, None], images.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-        return logits, masks
+        return logits, [found[module] for module in self._modules_of_layers]
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits, features = self.features(images)
+        probability = self.decoder(features, images.shape[2:]).sigmoid()
+        return logits, guided_filter(probability, images).logit(eps=1e-4)
 
 
 @contextmanager

@@ -21,8 +21,9 @@ from clearwing.train.processes import first_stop
 from clearwing.train.schedule import Plan, Schedule
 from clearwing.types import Batch, ClearwingError
 
-Loss = Callable[[nn.Module, Batch], tuple[Tensor, Tensor]]
-"""(module, batch) -> the mean loss to descend, and how many pictures were right (both scalars on the device)."""
+Loss = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+"""(module, a Batch or a kind of it) -> the mean loss to descend, and how many pictures were right (both scalars on the
+device)."""
 
 
 class Watcher(Protocol):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from clearwing.data.augment import Draw, colour_jitter, random_flip, random_resized_crop
 from clearwing.data.loader import Pictures
+from clearwing.models.decoder import Segmenter
 from clearwing.train.fit import Loss
 from clearwing.types import Batch, ClearwingError
 
@@ -20,14 +24,16 @@ def with_masks(pictures: Pictures, shares: Tensor, weights: Tensor) -> Pictures:
     shares: (N, H, W) in [0, 1]. weights: (N,) or (N, H, W) in [0, 1]. Both are kept in 8 bits, and go through every
     crop and flip with their picture.
     """
-    N, _, H, W = pictures.images.shape
-    weights = weights[:, None, None].expand(N, H, W) if weights.ndim == 1 else weights
+    N, C, H, W = pictures.images.shape
     for argument, values in (("shares", shares), ("weights", weights)):
-        if values.shape != (N, H, W) or not (values.min() >= 0 and values.max() <= 1):
+        fits = values.shape == (N, H, W) or (values.ndim == 1 and argument == "weights" and len(values) == N)
+        if not fits or not (values.min() >= 0 and values.max() <= 1):
             found = f"{tuple(values.shape)}, {values.min():.3g} to {values.max():.3g}"
             raise ClearwingError(argument, found, f"give values in [0, 1] for {N} pictures of {H} x {W}")
-    more = (torch.stack([shares, weights], 1) * 255).round().byte()
-    images = torch.cat([pictures.images, more], 1).contiguous(memory_format=torch.channels_last)
+    images = torch.empty(N, C + 2, H, W, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    images[:, :C] = pictures.images
+    images[:, C] = (shares * 255).round()
+    images[:, C + 1] = (weights * 255).round().view(N, *(weights.shape[1:] or (1, 1)))
     return replace(pictures, images=images)
 
 
@@ -49,16 +55,49 @@ class MaskAugment:
         return torch.cat([picture, mask.to(picture.dtype)], 1)
 
 
+@dataclass(frozen=True)
+class Lesson(Batch):
+    """A batch for a decoder: its images end with the two channels of `with_masks`."""
+
+    features: tuple[Tensor, ...] = ()  # (N, C, h, w) each, of a classifier, fine to coarse
+
+
+def lessons(
+    segmenter: Segmenter,
+    batches: Iterable[Batch],
+    size: int,
+    *,
+    times: int = 1,
+    seed: int = 0,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[Lesson]:
+    """Lessons of `size` pictures from larger batches of pictures with masks, each picture in `times` of them.
+
+    Data echoing with a shuffle buffer (Choi et al. 2019, section 2): a classifier's pass costs more than the lesson,
+    so each batch passes once, and its pictures are drawn from it in another order every time. What is left over when
+    a batch is divided is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        with torch.no_grad(), autocast():
+            features = segmenter.features(batch.images[:, :-2])[1]
+        for _ in range(times):
+            for rows in torch.randperm(len(batch), generator=generator).split(size):
+                if len(rows) == size:
+                    rows = rows.to(batch.images.device)
+                    yield Lesson(batch.images[rows], features=tuple(x[rows] for x in features))
+
+
 def mask_loss() -> Loss:
     """Cross-entropy of every pixel plus the soft Jaccard loss of every picture (Rahman and Wang 2016, eq. 3), for a
-    module that gives (logits, mask logits (N, H, W)), on batches whose last channels are those of `with_masks`.
+    decoder that gives mask logits (N, H, W), on lessons.
 
     What it counts as right is the sum of the IoUs with what was taught, so the share of it is a mean IoU.
     """
 
-    def loss(module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        images, share, weight = batch.images[:, :-2], batch.images[:, -2].float(), batch.images[:, -1].float()
-        logits = module(images)[1].float()
+    def loss(module: nn.Module, lesson: Lesson) -> tuple[Tensor, Tensor]:
+        share, weight = lesson.images[:, -2].float(), lesson.images[:, -1].float()
+        logits = module(lesson.features, share.shape[1:]).float()
         entropy = F.binary_cross_entropy_with_logits(logits, share, reduction="none")
         p = logits.sigmoid()
         both, either = (weight * p * share).sum((1, 2)), (weight * (p + share - p * share)).sum((1, 2))
