@@ -1,7 +1,8 @@
 """Free masks side by side: refinements, layers, methods, baselines; and the decoder beside one taught by drawn masks.
 
     python benchmarks/masks.py RUN DATA [--split val] [--limit N]
-    python benchmarks/masks.py RUN DATA --twin [--steps 500]
+    python benchmarks/masks.py RUN DATA --twin [--steps 600]
+    python benchmarks/masks.py RUN DATA --speed [--limit 16]
 
 RUN is a trained run, DATA has true masks for the split. Printed is the mean IoU in the pictures' own pixels with a 95 %
 bootstrap interval, the share of pictures below 0.3, the paired difference to the first row with its interval, and the
@@ -10,6 +11,9 @@ on runs on drawn pictures; on photographs it only reports.
 
 --twin: the ceiling. The decoder is taught by the drawn masks of one half of the split and scored on the other, and the
 other way round; beside it stands the same decoder taught by as many training pictures with masks from the network.
+
+--speed: one batch through the classifier alone, through classifier and decoder, and through either pipeline to masks at
+the network's size (decoder) or as fine as they are refined; nothing is read or written. RUN must have a decoder.
 """
 
 from __future__ import annotations
@@ -23,14 +27,14 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from common import environment
+from common import alternate, environment, show
 from skimage.segmentation import random_walker, slic
 from torch import Tensor
 
 import clearwing as cw
 from clearwing.data.preprocess import restore
 from clearwing.jobs import decoder, inputs
-from clearwing.jobs.maskers import Masker, NetworkMasker, explained, fitted, rivals
+from clearwing.jobs.maskers import DecoderMasker, Masker, NetworkMasker, explained, fitted, rivals
 from clearwing.jobs.progress import Progress
 from clearwing.jobs.segment import untrained
 from clearwing.jobs.timeline import fit_mask
@@ -41,7 +45,7 @@ from clearwing.measure.overlap import bootstrap_interval, iou, paired_interval
 from clearwing.models.decoder import Segmenter
 from clearwing.train.devices import make_fabric
 from clearwing.train.masks import with_masks
-from clearwing.types import Batch
+from clearwing.types import IGNORE, Batch
 
 REFINE = RECIPES["refine"]
 NEIGHBOURS: dict[str, Recipe] = {
@@ -63,6 +67,8 @@ NEIGHBOURS: dict[str, Recipe] = {
     "all pieces": replace(REFINE, keep=0.0),
     "classic": RECIPES["classic"],
 }
+
+ROUNDS = 7
 
 Refiner = Callable[[np.ndarray, Tensor, Tensor], np.ndarray]
 """A picture (H, W, 3) in [0, 1], its map (H, W), its seeds as `refine.seeds` codes (H, W), to a mask (H, W)."""
@@ -197,7 +203,7 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
     fabric, course, model = make_fabric("cpu"), replace(decoder.Course(), steps=steps), loaded.model
     common: dict[str, Any] = {"fit": loaded.fit, "channels": loaded.channels}
     pictures = cw.load_pictures(samples, loaded.size, **common)
-    drawn = torch.stack([fit_mask(t, place) for t, place in zip(truths, pictures.geometry, strict=True)]) == 1
+    drawn = torch.stack([fit_mask(t, place) for t, place in zip(truths, pictures.geometry, strict=True)])
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
     halves = [half.sort()[0].tolist() for half in order.chunk(2)]
     train = inputs.limited(inputs.open_like_run(loaded.run, None).split("train"), len(halves[0]))
@@ -214,7 +220,7 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
 
     with Progress(True) as progress:
         for half, test in zip(halves, reversed(halves), strict=True):
-            teacher = with_masks(pictures.subset(half), drawn[half].float(), torch.ones(len(half)))
+            teacher = with_masks(pictures.subset(half), (drawn[half] == 1).float(), (drawn[half] != IGNORE).float())
             made = decoder.new_decoder(model, pictures, fabric.device, course.width)
             for _ in range(course.rounds):
                 made = decoder.trained_decoder(made, teacher, fabric, course, progress)
@@ -227,6 +233,41 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
     print(f"\nfree masks reach {scores['free'].mean() / scores['drawn'].mean():.1%} of drawn ones")
 
 
+def speed(loaded: inputs.Loaded, samples: Any) -> None:
+    """What a picture costs on the way to a mask, all ways in turn."""
+    model, precise = loaded.model, make_fabric("cpu").autocast
+    [(batch, fine)] = batches(loaded, samples, REFINE.side(loaded.size), len(samples))
+    segmenter = loaded.run.load_segmenter()
+    recipe, layers = fitted(REFINE, model, batch.images)
+    refine, quick = NetworkMasker(model, recipe, layers), DecoderMasker(segmenter, precise)
+
+    def passed(module: torch.nn.Module) -> Callable[[], object]:
+        def way() -> None:
+            with torch.inference_mode(), precise():
+                module(batch.images)
+
+        return way
+
+    ways: dict[str, Callable[[], object]] = {
+        "classifier": passed(model),
+        "classifier and decoder": passed(segmenter),
+        "--pipeline decoder": lambda: quick(batch, batch),
+        "--pipeline refine: its explanation": lambda: explained(model, recipe, batch, layers),
+        "--pipeline refine": lambda: refine(batch, fine),
+    }
+    seconds = alternate(ways, ROUNDS)
+    show(
+        f"To a mask, {len(batch)} pictures of {loaded.size} px, refined at {fine.images.shape[2]} px",
+        len(batch),
+        seconds,
+    )
+    print("\nms a picture: " + ", ".join(f"{1000 * value / len(batch):.1f}" for value in seconds.values()))
+    print(
+        f"the decoder's pass is {seconds['classifier and decoder'] / seconds['classifier']:.2f} times the classifier's"
+    )
+    print(f"decoder {seconds['--pipeline refine'] / seconds['--pipeline decoder']:.1f} times as quick as refine")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("run")
@@ -234,6 +275,7 @@ def main() -> None:
     parser.add_argument("--split", default="val")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--twin", action="store_true")
+    parser.add_argument("--speed", action="store_true")
     parser.add_argument("--steps", type=int, default=decoder.Course().steps)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -244,9 +286,11 @@ def main() -> None:
     samples = inputs.limited(inputs.split_of(dataset, args.split), args.limit)
     samples = tuple(sample for sample in samples if sample.mask is not None)
     truths = [cw.read_mask(sample.mask) for sample in samples]
-    environment()
+    environment(ROUNDS if args.speed else None)
     print(f"{args.run} on {dataset.name}, {args.split}, {len(samples)} pictures with a mask\n")
-    if args.twin:
+    if args.speed:
+        speed(loaded, samples[: args.limit or 16])
+    elif args.twin:
         twin(loaded, samples, truths, args.steps)
     else:
         table(loaded, samples, truths)

@@ -352,14 +352,15 @@ class SegmentConfig(Source):
     masks: str | None = None
     """Folder of true masks to score against. Default: DATA/MASKS, if there."""
     pipeline: Literal["refine", "decoder", "classic"] = "refine"
-    """refine: layer maps seed GrabCut. decoder: one forward pass; trained at its first use, on refine's masks of the
-    run's training pictures. classic: input gradient, 80th percentile, 5x5 max-pool."""
+    """refine: layer maps seed GrabCut. decoder: one forward pass; trained at its first use, on masks of the run's
+    training pictures, refine's and then its own. classic: input gradient, 80th percentile, 5x5 max-pool."""
     format: Literal["png", "coco", "geojson", "voc"] = "png"
     """png: 0/255. coco: one coco.json. geojson: one a picture. voc: palette PNG and XML. Boxes are in boxes.csv."""
     cutouts: bool = False
     """Also write the objects alone, transparent elsewhere, into OUT/cutouts."""
     calibrate: int = 0
-    """Choose method and threshold on so many of the true masks, and score the others; 0: no mask is looked at."""
+    """Choose method and threshold (leave these out) on so many of the true masks, and score the others; 0: no mask is
+    looked at."""
     retrain: bool = False
     """Train the decoder anew."""
     method: str | None = None

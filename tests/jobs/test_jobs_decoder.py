@@ -192,7 +192,7 @@ def test_a_seed_repeats_it_and_the_callers_numbers_stay(lesson, progress):
 
 def test_teaching_leaves_the_decoder_and_what_it_was_taught(copy, progress):
     before = (copy.path / "model.safetensors").read_bytes()
-    segmenter = teach(copy, "cpu", progress, SHORT)
+    segmenter = teach(copy, "cpu", progress, course=SHORT)
     assert same(copy.load_segmenter(), segmenter.cpu())
     about = copy.decoder_about()
     assert about["weights_sha256"] == inputs.weights_hash(copy)
@@ -211,7 +211,7 @@ def test_no_drawn_mask_is_read(copy, photos, tmp_path, progress):
     config = json.loads((copy.path / "config.json").read_text())
     config["data"]["where"] = str(data)
     (copy.path / "config.json").write_text(json.dumps(config))
-    teach(cw.Run.load(copy.path), "cpu", progress, SHORT)
+    teach(cw.Run.load(copy.path), "cpu", progress, course=SHORT)
 
 
 def test_masks_count_by_their_agreement_and_where_there_is_none_not_at_all(copy, monkeypatch, progress):
@@ -231,7 +231,7 @@ def test_masks_count_by_their_agreement_and_where_there_is_none_not_at_all(copy,
     monkeypatch.setattr(decoder, "votes", some)
     monkeypatch.setattr(decoder, "revised", some)
     monkeypatch.setattr(decoder, "trained_decoder", kept)
-    teach(copy, "cpu", progress, SHORT)
+    teach(copy, "cpu", progress, course=SHORT)
     weights = [round(255 * 0.5**SHORT.trust) if i == 4 else 255 * (i > 2) for i in range(9)]
     assert [seen[0].images[i, -1].unique().tolist() for i in range(9)] == [[weight] for weight in weights]
     assert len(seen) == SHORT.rounds
@@ -242,7 +242,7 @@ def test_a_network_that_shows_nothing_has_nothing_to_teach(copy, monkeypatch, pr
     empty = torch.zeros(9, 32, 32), torch.ones(9)
     monkeypatch.setattr(decoder, "votes", lambda *_: empty)
     with pytest.raises(cw.ClearwingError, match="the network gives no mask to teach with; train it longer"):
-        teach(copy, "cpu", progress, SHORT)
+        teach(copy, "cpu", progress, course=SHORT)
     assert copy.decoder_about() is None
 
 
@@ -251,7 +251,7 @@ def test_training_pictures_that_are_gone_are_named(copy, tmp_path, progress):
     config["data"]["where"] = str(tmp_path / "gone")
     (copy.path / "config.json").write_text(json.dumps(config))
     with pytest.raises(cw.ClearwingError, match="gone; "):
-        teach(cw.Run.load(copy.path), "cpu", progress, SHORT)
+        teach(cw.Run.load(copy.path), "cpu", progress, course=SHORT)
 
 
 def test_a_decoder_is_of_the_weights_it_was_trained_on(copy, monkeypatch, progress):
@@ -292,7 +292,7 @@ def revision(monkeypatch):
 def test_where_no_revised_mask_is_of_use_the_decoder_stays(copy, monkeypatch, capsys):
     monkeypatch.setattr(decoder, "revised", lambda *_: (torch.ones(9, 32, 32), torch.full((9,), 0.2)))
     with Progress() as told:
-        teach(copy, "cpu", told, SHORT)
+        teach(copy, "cpu", told, course=SHORT)
     assert "no revised mask is fit to learn from: the decoder stays as it is" in capsys.readouterr().err
     assert [told["agreement"] for told in copy.decoder_about()["rounds"]][1] == pytest.approx(0.2)
     assert has_decoder(copy)
@@ -301,7 +301,7 @@ def test_where_no_revised_mask_is_of_use_the_decoder_stays(copy, monkeypatch, ca
 def test_an_interrupted_round_is_not_taken_for_a_whole_one(copy, monkeypatch, progress):
     monkeypatch.setattr(decoder, "fit", lambda *_, **more: FitState(interrupted=True))
     with pytest.raises(KeyboardInterrupt):
-        teach(copy, "cpu", progress, SHORT)
+        teach(copy, "cpu", progress, course=SHORT)
     assert copy.decoder_about() is None
 
 
@@ -328,6 +328,12 @@ def test_a_course_that_is_broken_off_goes_on_with_the_next_round(copy, revision,
     assert same(calls[2].cpu(), left)
     assert has_decoder(copy)
     assert copy.decoder_about()["rounds"][0] == first
+    left = copy.load_segmenter()
+    monkeypatch.setattr(decoder, "votes", lambda *_: (torch.zeros(9, 32, 32), torch.ones(9)))
+    with pytest.raises(cw.ClearwingError, match="the network gives no mask"):
+        decoder_of(copy, "cpu", True, Progress(True))
+    assert same(copy.load_segmenter(), left)  # what is there stays until there is another
+    monkeypatch.setattr(decoder, "votes", votes)
     decoder_of(copy, "cpu", True, Progress(True))  # anew from the start
     assert len(calls) == 5
     assert not same(calls[3], left)

@@ -127,7 +127,7 @@ def test_a_run_with_a_decoder_gives_probabilities_of_foreground(capsys, with_dec
     assert "[torch.onnx]" not in text + err
     session = opened(out)
     assert shapes(session.get_outputs())["masks"] == ("tensor(float)", ["N", 32, 32])
-    assert "above 0.5" in session.get_modelmeta().custom_metadata_map["masks"]
+    assert "at least 0.5" in session.get_modelmeta().custom_metadata_map["masks"]
     images = torch.rand(3, 3, 32, 32)
     logits, masks = map(torch.from_numpy, session.run(["logits", "masks"], {"images": images.numpy()}))
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_a_decoder_of_other_weights_is_left_out(capsys, with_decoder, tmp_path):
     copy.save_weights(copy.model.state_dict())
     code, text, err = run(capsys, "export", copy.path, "--out", tmp_path / "copy.onnx")
     assert code == 0, err
-    assert "note: the decoder is left out, it is of other weights, or unfinished" in " ".join(err.split())
+    assert "note: the decoder is left out, it is of other weights, or not whole" in " ".join(err.split())
     assert "masks" not in text
     refused = failure(capsys, "export", copy.path, "--out", tmp_path / "none.onnx", "--decoder", "yes")
     assert "has no decoder of its weights" in refused

@@ -136,11 +136,11 @@ def test_the_command_makes_the_masks_anew(tmp_path):
     given = {"masks_used_for_calibration": 20, "format": "coco", "options": {"layers": "a b,c"}}
     broken = '{"setti\n'  # a process that was killed while it wrote
     (tmp_path / "manifest-0.jsonl").write_text(
-        broken + '{"settings": {"limit": 60, "seed": 0, "masks": "the truth"}}\n{}\n'
+        broken + '{"settings": {"calibrate": 22, "limit": 60, "seed": 0, "masks": "the truth"}}\n{}\n'
     )
     options = shlex.split(job.segment_options(part_of(tmp_path, "classic (changed)", split="test", **given)))
     _, config = parse(["segment", "RUN", "DATA", "--out", "OUT", *options])
-    assert (config.split, config.pipeline, config.format, config.calibrate) == ("test", "classic", "coco", 20)
+    assert (config.split, config.pipeline, config.format, config.calibrate) == ("test", "classic", "coco", 22)
     assert (config.layers, config.limit, config.masks) == ("a b,c", 60, "the truth")
     assert "--seed" not in options
 

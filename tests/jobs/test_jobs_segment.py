@@ -273,7 +273,7 @@ def test_the_decoder_is_trained_once_for_the_weights_of_a_run(capsys, photos, tr
     network.save_weights(network.model.state_dict())
     code, _, err = run(capsys, "segment", *call, "--out", tmp_path / "four")
     assert code == 0
-    assert "the decoder is of earlier weights" in err
+    assert "the decoder of this run is of other weights" in err
     assert len(lessons) == 3
     assert cw.Run.load(copy).decoder_about()["weights_sha256"] != about["weights_sha256"]
 

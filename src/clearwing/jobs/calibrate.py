@@ -51,17 +51,17 @@ def calibrated(
     it, and what was tried. Pictures and masks that cannot be used are told and passed over."""
     keys = held_out(config, samples)
     pictures = inputs.load_for(loaded, tuple(sample for sample in samples if sample.key in keys), None, progress)
-    inputs.told_skipped(pictures, progress)
-    found, _ = inputs.read_truths(pictures, progress)
+    unread = inputs.told_skipped(pictures, progress)
+    found, unfit = inputs.read_truths(pictures, progress)
     usable = [i for i, truth in enumerate(found) if truth is not None]
     truths = [truth for truth in found if truth is not None]
     if not truths:
-        raise ClearwingError("--calibrate", config.calibrate, "none of the masks drawn for it fits its picture")
+        mend = "none of the masks drawn for it fits its picture; mend them, or give a larger number"
+        raise ClearwingError("--calibrate", config.calibrate, mend, exit_code=1)
     pictures = pictures.subset(usable)
-    fine = inputs.load_for(replace(loaded, size=recipe.side(loaded.size)), pictures.samples, None, progress)
     about: dict[str, Any] = {"masks": len(truths)}
-    if unusable := len(keys) - len(truths):
-        about["unusable"] = unusable
+    if unread or unfit:
+        about["unusable"] = unread + unfit
 
     def blocks() -> Iterator[Batch]:
         return pictures.batches(config.batch_size, device=device)
@@ -72,7 +72,8 @@ def calibrated(
         shares = [share for block in blocks() for share in restore(masker.shares(block)[0].cpu(), block.geometry)]
         curve = threshold_curve(shares, truths, bins=100)
         best, cut = curve.peak
-        return recipe, list(layers), cut, about | {"mean_iou": best, "tried": 100}
+        return recipe, list(layers), cut, about | {"mean_iou": best, "tried": 101}
+    fine = inputs.load_for(replace(loaded, size=recipe.side(loaded.size)), pictures.samples, None, progress)
     finer = next(fine.batches(len(fine)))
     one_picture = next(pictures.subset(1).batches(1, device=device)).images
     tried: list[tuple[float, Recipe, list[str]]] = []

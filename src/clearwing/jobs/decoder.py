@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from clearwing.jobs.progress import Progress, TrainingBar
 from clearwing.masks.pipeline import RECIPES, VOTERS, resized, segment_with, vote
 from clearwing.masks.refine import clean, grabcut, likely_seeds
 from clearwing.models.decoder import Decoder, Segmenter
-from clearwing.run import DECODER, Run
+from clearwing.run import Run
 from clearwing.train.devices import is_child, make_fabric
 from clearwing.train.ema import EMA
 from clearwing.train.fit import fit
@@ -61,8 +60,9 @@ class Course:
     width: int = 16
 
 
-def teach(run: Run, device: str, progress: Progress, course: Course = Course()) -> Segmenter:
-    """Train the run's decoder on the masks that its own network gives of its training pictures, and save it.
+def teach(run: Run, device: str, progress: Progress, anew: bool = False, *, course: Course = Course()) -> Segmenter:
+    """Train the run's decoder on the masks that its own network gives of its training pictures, and save it after each
+    round; go on with one whose training was broken off, unless it is to be trained `anew`.
 
     No drawn mask is read. Raises ClearwingError where the training pictures are not there any more.
     """
@@ -80,8 +80,13 @@ def teach(run: Run, device: str, progress: Progress, course: Course = Course()) 
         "masks_used": 0,
         "course": vars(course),
     }
-    kept = run.decoder_about() or {}
-    started = (run.load_segmenter(), kept["rounds"]) if about.items() <= kept.items() and unfinished(kept) else None
+    kept, started = run.decoder_about(), None
+    if kept is not None and not anew:
+        if about.items() <= kept.items() and unfinished(kept):
+            progress.say("note: the decoder's training was broken off; it goes on with the next round")
+            started = run.load_segmenter(), kept["rounds"]
+        else:
+            progress.say("note: the decoder of this run is of other weights, pictures or settings; it is trained anew")
     for segmenter, rounds in taught(loaded.model, pictures, fine, make_fabric(device), course, progress, started):
         run.save_decoder(segmenter, about | {"rounds": rounds})
     return segmenter
@@ -98,7 +103,7 @@ def taught(
 ) -> Iterator[tuple[Segmenter, list[dict[str, float]]]]:
     """A decoder on a classifier's features, taught by what the classifier itself makes of the pictures, as it takes
     them and as they are refined: after each round of the course, with what is told of every round so far, how well its
-    masks agreed and how many pictures had none. `started` is what an earlier call gave last."""
+    masks agreed (0 where a cut failed) and how many pictures had none. `started` is what an earlier call gave last."""
     model = model.to(fabric.device)
     segmenter, told = started or (new_decoder(model, pictures, fabric.device, course.width), [])
     segmenter = segmenter.to(fabric.device)
@@ -109,26 +114,26 @@ def taught(
             shares, agreement = revised(segmenter, pictures, fine, fabric, progress)
         found = (shares > 0.5).flatten(1).any(1)
         told = [*told, {"agreement": float(agreement.mean()), "without_mask": int((~found).sum())}]
-        progress.say(f"round {count} of {course.rounds}: the masks agree with a mean IoU of {agreement.mean():.2f}")
+        progress.say(f"round {count} of {course.rounds}: the masks agree by {agreement.mean():.2f}, of 1")
         weights = agreement**course.trust * found  # a picture without a mask does not say: no object
         if (weights * 255).round().any():
-            lesson = with_masks(pictures, shares, weights)
-            segmenter = trained_decoder(segmenter, lesson, fabric, course, progress)
+            segmenter = trained_decoder(segmenter, with_masks(pictures, shares, weights), fabric, course, progress)
         elif count == 1:
             raise ClearwingError("--pipeline", "decoder", "the network gives no mask to teach with; train it longer")
         else:
             progress.say("no revised mask is fit to learn from: the decoder stays as it is")
+        del shares, agreement, found, weights  # the next round makes its own, beside these they would be many
         yield segmenter, told
 
 
-def new_decoder(model: nn.Module, pictures: Pictures, device: torch.device, width: int, seed: int = 0) -> Segmenter:
+def new_decoder(model: nn.Module, pictures: Pictures, device: torch.device, width: int) -> Segmenter:
     """An untrained decoder on the classifier's features of such pictures, deep enough to see the whole of them."""
     one = next(iter(pictures.subset(1).batches(1, device=device))).images
     layers = stages(model, one, LEVELS)
     features = record(model, one, layers, inputs=False).features
     context = max(0, round(math.log2(max(features[layers[-1]].shape[2:]) / COARSEST)))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         decoder = Decoder([features[layer].shape[1] for layer in layers], width, context)
     return Segmenter(model, decoder, layers).to(device).to(memory_format=torch.channels_last)
 
@@ -207,9 +212,7 @@ def trained_decoder(
             ahead=1,
         )
         shuffle, precise = seed_of(seed, epoch), fabric.autocast
-        return islice(
-            lessons(segmenter, chunks, batch, times=course.times, seed=shuffle, autocast=precise), start, None
-        )
+        return lessons(segmenter, chunks, batch, times=course.times, seed=shuffle, autocast=precise)
 
     state = fit(
         segmenter.decoder,
@@ -249,12 +252,5 @@ def decoder_of(run: Run, device: str, retrain: bool, progress: Progress) -> None
     if is_child():
         mend = "has to be trained by one process first: call this once without torchrun or srun, with --limit 1"
         raise ClearwingError("--pipeline", "decoder", mend)
-    about = run.decoder_about()
-    if retrain:
-        run.file(DECODER).unlink(missing_ok=True)
-    elif about is not None and about.get("weights_sha256") != inputs.weights_hash(run):
-        progress.say("note: the decoder is of earlier weights of this run; it is trained anew")
-    elif about is not None and "rounds" in about:
-        progress.say("note: the decoder's training was broken off; it goes on with the next round")
     progress.say("training the decoder on masks of the training pictures, made from the network alone")
-    teach(run, device, progress)
+    teach(run, device, progress, retrain)

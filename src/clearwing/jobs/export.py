@@ -68,7 +68,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
         if loaded.run is not None and loaded.run.decoder_about() and not isinstance(module, Segmenter):
             progress.say(
                 "note: the decoder is left out"
-                + ("" if config.decoder == "no" else ", it is of other weights, or unfinished")
+                + ("" if config.decoder == "no" else ", it is of other weights, or not whole")
             )
         progress.say(f"exporting {loaded.name}, then comparing onnxruntime with torch")
         images = pictures(config.limit or PICTURES, loaded.size, loaded.channels)
@@ -151,7 +151,7 @@ def description(loaded: inputs.Loaded, masks: bool) -> dict[str, str]:
     }
     if masks:
         about["masks"] = (
-            f"float32 (N, {size}, {size}), the probability that a pixel is foreground; the mask is where it is above "
+            f"float32 (N, {size}, {size}), the probability that a pixel is foreground; the mask is where it is at least "
             "0.5. Bring it back to the picture by the inverse of the resizing."
         )
     return about

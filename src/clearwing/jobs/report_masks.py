@@ -175,7 +175,8 @@ def about_pipeline(result: dict[str, Any]) -> str:
     """How the masks were made, in a few words."""
     threshold = result["threshold"]
     if (decoder := threshold.get("decoder")) is not None:
-        taught = decoder["pictures"] - decoder["rounds"][-1]["without_mask"]
+        rounds = decoder.get("rounds") or [decoder]  # an earlier version knew of one
+        taught = decoder["pictures"] - rounds[-1]["without_mask"]
         by = f"{decoder['masks_used']} drawn masks" if decoder.get("masks_used") else "the network alone"
         words = ["a decoder on the network's features", "one forward pass"]
         words += [f"taught by {taught:,} pictures' masks from {by}"]
@@ -317,7 +318,11 @@ def segment_options(part: Part) -> str:
     given = {
         name: settings.get(name, getattr(SegmentConfig, name)) for name in ("masks", "limit", "size", "fit", "seed")
     }
-    given |= {"pipeline": part.way, "format": part.result.get("format", "png"), "calibrate": part.calibration}
+    given |= {
+        "pipeline": part.way,
+        "format": part.result.get("format", "png"),
+        "calibrate": settings.get("calibrate", part.calibration),
+    }
     kept = {name: value for name, value in given.items() if value != getattr(SegmentConfig, name)}
     kept = {"split": part.result["split"]} | kept | part.result.get("options", {})
     return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in kept.items())

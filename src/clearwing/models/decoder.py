@@ -74,7 +74,7 @@ class Segmenter(nn.Module):
     """A classifier and a decoder on its features: one pass gives logits (N, K) and mask logits (N, H, W).
 
     layers: the modules of the classifier whose outputs (N, C, h, w) the decoder takes, fine to coarse.
-    The mask is where the second is above 0; it has the size of the pictures, whose edges it follows: the decoder's
+    The mask is where the second is not below 0; it has the size of the pictures, whose edges it follows: the decoder's
     probability goes through `guided_filter`. The classifier is not trained:
     it stays in evaluation mode, its parameters take no gradient, and it says what it would say alone.
 

@@ -30,7 +30,7 @@ def with_masks(pictures: Pictures, shares: Tensor, weights: Tensor) -> Pictures:
         if not fits or not (values.min() >= 0 and values.max() <= 1):
             found = f"{tuple(values.shape)}, {values.min():.3g} to {values.max():.3g}"
             raise ClearwingError(argument, found, f"give values in [0, 1] for {N} pictures of {H} x {W}")
-    images = torch.empty(N, C + 2, H, W, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    images = torch.empty(N, C + 2, H, W, dtype=torch.uint8, memory_format=torch.channels_last)
     images[:, :C] = pictures.images
     images[:, C] = (shares * 255).round()
     images[:, C + 1] = (weights * 255).round().view(N, *(weights.shape[1:] or (1, 1)))
