@@ -151,8 +151,8 @@ def description(loaded: inputs.Loaded, masks: bool) -> dict[str, str]:
     }
     if masks:
         about["masks"] = (
-            f"float32 (N, {size}, {size}), the probability that a pixel is foreground; the mask is where it is at least "
-            "0.5. Bring it back to the picture by the inverse of the resizing."
+            f"float32 (N, {size}, {size}), the probability that a pixel is foreground; the mask is where it is at "
+            "least 0.5. Bring it back to the picture by the inverse of the resizing."
         )
     return about
 
