@@ -45,7 +45,8 @@ CUTS = ((0.99, 0.2), (0.99, 0.35), (0.95, 0.2))
 @dataclass(frozen=True)
 class Course:
     """How a decoder is taught: in rounds, the first on the masks of the network's maps, each next one on the masks of
-    the decoder so far, cut along the pictures' edges."""
+    the decoder so far, cut along the pictures' edges. Rounds and trust were chosen on drawn pictures and on held-out
+    training photographs without their masks (benchmarks/RESULTS.md); the others are usual values, not searched."""
 
     pictures: int = 4000  # at the most, spread over the training pictures
     rounds: int = 2
