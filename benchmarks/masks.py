@@ -34,7 +34,7 @@ from torch import Tensor
 import clearwing as cw
 from clearwing.data.preprocess import restore
 from clearwing.jobs import decoder, inputs
-from clearwing.jobs.maskers import DecoderMasker, Masker, NetworkMasker, explained, fitted, rivals
+from clearwing.jobs.maskers import DecoderMasker, Masker, NetworkMasker, explained, fitted, restored, rivals
 from clearwing.jobs.progress import Progress
 from clearwing.jobs.segment import untrained
 from clearwing.jobs.timeline import fit_mask
@@ -161,7 +161,7 @@ def table(loaded: inputs.Loaded, samples: Any, truths: list[Tensor]) -> None:
         for batch, fine in pairs:
             masks, seconds = make(batch, fine)
             spent += seconds
-            full += restore(masks.byte(), fine.geometry)
+            full += restored(masks.byte(), batch, fine)
         scores = iou(full, truths)
         row(name, scores, first, 1000 * spent / len(truths))
         return scores
@@ -170,10 +170,11 @@ def table(loaded: inputs.Loaded, samples: Any, truths: list[Tensor]) -> None:
         def make(batch: Batch, fine: Batch) -> tuple[Tensor, float]:
             found = explained(model, recipe, batch, layers)
             began = time.perf_counter()
+            pictures = fine if recipe.side(loaded.size) > loaded.size else batch
             if refiner is None:
-                masks = segment_with(recipe, found, fine).masks
+                masks = segment_with(recipe, found, pictures).masks
             else:
-                masks = RefinerMasker(model, recipe, layers, refiner).masks(found, fine)
+                masks = RefinerMasker(model, recipe, layers, refiner).masks(found, pictures)
             return masks, time.perf_counter() - began
 
         return make
