@@ -66,10 +66,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
     began = time.monotonic()
     with Progress(config.json) as progress:
         if loaded.run is not None and loaded.run.decoder_about() and not isinstance(module, Segmenter):
-            progress.say(
-                "note: the decoder is left out"
-                + ("" if config.decoder == "no" else ", it is of other weights, or not whole")
-            )
+            why = "" if config.decoder == "no" else ", it is of other weights, or not whole"
+            progress.say(f"note: the decoder is left out{why}")
         progress.say(f"exporting {loaded.name}, then comparing onnxruntime with torch")
         images = pictures(config.limit or PICTURES, loaded.size, loaded.channels)
         agreement = export_onnx(module, out, images, opset=config.opset, about=about, device=device)
@@ -289,7 +287,7 @@ def compare(path: str | Path, exported: Exported, images: Tensor) -> Agreement:
     if len(found[0]) > 1:
         masks, truth = (torch.cat([answer[1] for answer in side]) for side in (found, expected))
         apart = float((masks - truth).abs().max())
-        overlap = float(iou(masks > 0.5, truth > 0.5).min())
+        overlap = float(iou(masks >= 0.5, truth >= 0.5).min())
         agreement = Agreement(len(images), difference, agreement.same_class, apart, overlap)
         good = good and apart <= TOLERANCE
     if not good:

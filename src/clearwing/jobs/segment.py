@@ -1,7 +1,7 @@
 """The job `segment`: masks of a split in the pictures' own size, scored beside baselines where true masks are known.
 
-Pictures are read, segmented and written a block at a time, each process its own, so that memory does not grow with
-their number; the manifest says what is done, and `segmentation.json` is made from it at the end.
+Pictures are read, segmented and written a block at a time, each process its own, so that of their number only names and
+results take memory; the manifest says what is done, and `segmentation.json` is made from it at the end.
 """
 
 from __future__ import annotations

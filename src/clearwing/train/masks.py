@@ -103,13 +103,12 @@ def mask_loss() -> Loss:
         both, either = (weight * p * share).sum((1, 2)), (weight * (p + share - p * share)).sum((1, 2))
         jaccard = 1 - (both + 1) / (either + 1)  # the one keeps it smooth where neither holds anything
         trust = weight.mean((1, 2))
-        value = (weight * entropy).sum() / weight.sum().clamp(min=1) + (trust * jaccard).sum() / trust.sum().clamp(
-            min=1
-        )
+        by_pixel = (weight * entropy).sum() / weight.sum().clamp(min=1)
+        by_picture = (trust * jaccard).sum() / trust.sum().clamp(min=1)
         with torch.no_grad():
             found, taught = logits > 0, share > 0.5
             union = (found | taught).sum((1, 2))
             right = torch.where(union > 0, (found & taught).sum((1, 2)) / union.clamp(min=1), 1.0).sum()
-        return value, right
+        return by_pixel + by_picture, right
 
     return loss
