@@ -63,12 +63,13 @@ def test_the_recipe_itself_is_tried_first(name):
 
 @pytest.fixture
 def found(trained, photos, monkeypatch):
-    """A function of settings that calibrates on three pictures, among three candidates."""
+    """A function of settings that calibrates on three pictures, among the given candidates, however unsure it is."""
     loaded = inputs.open_model(str(trained))
     val = cw.open_data(photos).splits["val"]
 
-    def call(recipe, tried, **more):
+    def call(recipe, tried, sure=1.0, **more):
         monkeypatch.setattr(calibrate, "candidates", lambda recipe: iter(tried))
+        monkeypatch.setattr(calibrate, "SURE", sure)
         settings = config(trained, 3, **more)
         layers = settings.layers.split(",") if settings.layers else []
         with Progress(quiet=True) as progress:
@@ -100,9 +101,22 @@ def test_the_best_of_what_is_tried_is_chosen(found, trained, photos):
     best = scores.index(max(scores))
     assert recipe == tried[best]
     assert (layers, cut) == ([], 0.5)
-    assert about == {"masks": 3, "mean_iou": pytest.approx(scores[best]), "tried": 3}
+    assert about["masks"] == about["tried"] == 3
+    assert about["mean_iou"] == pytest.approx(scores[best])
+    assert about["mean_iou_uncalibrated"] == pytest.approx(scores[0])
+    assert about["changed"] == (best > 0)
     worst = tried[scores.index(min(scores))]
     assert found(worst, [worst])[0] == worst
+
+
+def test_on_three_masks_nothing_is_sure(found, trained, photos):
+    tried = [Recipe("saliency", threshold=f"percentile:{q}") for q in (98, 50)]
+    worse, better = sorted(tried, key=lambda one: score(one, trained, photos))
+    recipe, _, _, about = found(worse, [worse, better], sure=0.05)
+    assert recipe == worse
+    assert not about["changed"]
+    assert about["p_value"] >= 1 / 8
+    assert about["mean_iou"] == about["mean_iou_uncalibrated"] == pytest.approx(score(worse, trained, photos))
 
 
 def test_of_equals_the_recipe_itself_is_kept(found):

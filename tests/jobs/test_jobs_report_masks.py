@@ -121,6 +121,11 @@ def test_differences_are_taken_from_the_first_on_the_same_pictures(tmp_path):
             "input gradient, percentile 80, 5x5 max-pool, chosen among 37 on 8 drawn masks",
         ),
         (
+            recipe() | {"chosen_on": {"masks": 8, "tried": 37, "changed": False}},
+            "HiResCAM at layer1 + layer3, Otsu, GrabCut, "
+            "unchanged, for nothing was surely better among 37 on 8 drawn masks",
+        ),
+        (
             DECODER,
             "a decoder on the network's features, one forward pass, "
             "taught by 1,197 pictures' masks from the network alone",

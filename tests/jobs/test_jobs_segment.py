@@ -187,6 +187,8 @@ def test_pictures_that_calibrate_are_not_scored(capsys, photos, trained, tmp_pat
     result = segmented(capsys, trained, photos, "--calibrate", "2", "--out", tmp_path)
     assert result["masks_used_for_calibration"] == 2
     assert result["threshold"]["chosen_on"]["masks"] == 2
+    assert result["threshold"]["recipe"].items() >= {"method": "layer-cam", "blur": 0.04, "threshold": "otsu"}.items()
+    assert not result["threshold"]["chosen_on"]["changed"]  # two masks make nothing sure
     config = SegmentConfig(run=str(trained), data=str(photos), out="", calibrate=2)
     held = held_out(config, cw.open_data(photos).splits["val"])
     assert len(held) == 2
@@ -315,7 +317,8 @@ def test_the_decoders_threshold_is_calibrated(capsys, photos, trained, tmp_path,
     result = segmented(capsys, copy, photos, *options)
     assert result["masks_used_for_calibration"] == 3
     assert result["threshold"]["how"] == "probability"
-    assert 0 <= result["threshold"]["value"] <= 1
+    assert result["threshold"]["value"] == 0.5  # three masks make nothing sure
+    assert result["threshold"]["chosen_on"]["tried"] == 101
     assert len(result["per_image"]) == 3
     assert set(result["baselines"]) >= {"everything", "edge-map", "untrained-network"}
 

@@ -1,5 +1,6 @@
 """IoU, Dice, mIoU, boundary F, boxes and their conventions; bootstrap intervals."""
 
+import itertools
 import math
 
 import numpy as np
@@ -19,6 +20,7 @@ from clearwing.measure.overlap import (
     iou,
     mean_class_iou,
     paired_interval,
+    surely_best,
 )
 from clearwing.types import ClearwingError
 
@@ -274,9 +276,60 @@ def test_paired_interval_sees_a_small_steady_gain():
     assert bootstrap_interval(a)[0] < bootstrap_interval(b)[1]  # apart, the intervals overlap
 
 
+def test_one_way_against_another_is_the_sign_flip_test():
+    scores = torch.rand(2, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gains = (scores[1] - scores[0]).tolist()
+    if sum(gains) < 0:
+        scores, gains = scores.flip(0), [-gain for gain in gains]
+    signs = list(itertools.product((1, -1), repeat=8))
+    as_large = sum(sum(s * g for s, g in zip(sign, gains, strict=True)) >= sum(gains) - 1e-12 for sign in signs)
+    best, p = surely_best(scores, level=1.0)
+    assert best == 1
+    assert p == as_large / len(signs)
+    assert surely_best(scores, level=p)[0] == 1
+    assert surely_best(scores, level=p - 1e-6)[0] == 0
+
+
+def test_of_several_ways_the_largest_gain_counts_against_all_of_them():
+    scores = torch.rand(6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores[0] -= 0.3  # most are better, by chance or not
+    gains = scores[1:] - scores[0]
+    flips = torch.tensor(list(itertools.product((1.0, -1.0), repeat=7)), dtype=torch.float64)
+    largest = (flips[:, None] * gains).mean(2).amax(1)
+    best, p = surely_best(scores, level=1.0)
+    assert best == 1 + int(gains.mean(1).argmax())
+    assert p == pytest.approx(float((largest >= largest[0] - 1e-12).double().mean()))
+    assert p > surely_best(scores[[0, best]], level=1.0)[1]  # alone it would look surer
+
+
+def test_ways_that_are_no_better_are_seldom_chosen():
+    generator = torch.Generator().manual_seed(0)
+    chosen = 0
+    for _ in range(400):
+        base = torch.rand(20, generator=generator)
+        same = base + 0.1 * (torch.randn(20, 20, generator=generator) + torch.randn(20, generator=generator))
+        chosen += surely_best(torch.cat([base[None], same]), n=1000)[0] > 0
+    assert 4 <= chosen <= 36  # 5 % of 400, give or take
+
+
+def test_a_steady_gain_is_chosen_and_a_worse_or_equal_way_is_not():
+    base = torch.linspace(0.3, 0.9, 30)
+    noise = 0.02 * torch.randn(30, generator=torch.Generator().manual_seed(0))
+    best, p = surely_best(torch.stack([base, base - 0.05, base + 0.03 + noise, base]))
+    assert best == 2
+    assert p < 0.01
+    assert surely_best(torch.stack([base, base - 0.05, base])) == (0, 1.0)
+    assert surely_best(base[None]) == (0, 1.0)
+    assert surely_best(torch.stack([base[:4], base[:4] + 0.5])) == (0, 1 / 16)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: surely_best([0.5, 0.6]), r"scores: \(2,\); give finite numbers, as \(ways, pictures\)"),
+        (lambda: surely_best([[0.5], [float("nan")]]), "scores: "),
+        (lambda: surely_best([[0.5], [0.6]], level=0), "level: 0"),
+        (lambda: surely_best([[0.5], [0.6]], n=0), "n: 0"),
         (lambda: bootstrap_interval([]), "values: .*at least one finite number"),
         (lambda: bootstrap_interval([1.0, float("nan")]), "values: .*at least one finite number"),
         (lambda: bootstrap_interval([1.0], level=95), "level: 95"),

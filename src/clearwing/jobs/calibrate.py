@@ -18,9 +18,13 @@ from clearwing.jobs.maskers import DecoderMasker, explained, stages
 from clearwing.jobs.progress import Progress
 from clearwing.masks.pipeline import Recipe, segment_with
 from clearwing.measure.curves import threshold_curve
-from clearwing.measure.overlap import iou
+from clearwing.measure.overlap import iou, surely_best
 from clearwing.train.devices import make_fabric
 from clearwing.types import Batch, ClearwingError
+
+SURE = 0.05
+"""The p-value up to which a way counts as better than the uncalibrated one; the best of many on few masks may be
+chance alone."""
 
 
 def held_out(config: SegmentConfig, samples: Sequence[Sample]) -> set[str]:
@@ -48,7 +52,8 @@ def calibrated(
     progress: Progress,
 ) -> tuple[Recipe, list[str], float, dict[str, Any]]:
     """The recipe and its layers (or the decoder's threshold) with the best mean IoU on the masks that are held out for
-    it, and what was tried. Pictures and masks that cannot be used are told and passed over."""
+    it, if it is surely better than the uncalibrated one (see `surely_best`), else that one; and what was tried.
+    Pictures and masks that cannot be used are told and passed over."""
     keys = held_out(config, samples)
     pictures = inputs.load_for(loaded, tuple(sample for sample in samples if sample.key in keys), None, progress)
     unread = inputs.told_skipped(pictures, progress)
@@ -71,12 +76,15 @@ def calibrated(
         # before small pieces and holes are mended, which goes by the threshold
         shares = [share for block in blocks() for share in restore(masker.shares(block)[0].cpu(), block.geometry)]
         curve = threshold_curve(shares, truths, bins=100)
-        best, cut = curve.peak
-        return recipe, list(layers), cut, about | {"mean_iou": best, "tried": 101}
+        cuts = [0.5, *(cut for cut in curve.thresholds.tolist() if cut != 0.5)]
+        scores = torch.stack([curve.at(cut) for cut in cuts])
+        best, p = surely_best(scores, SURE)
+        return recipe, list(layers), cuts[best], about | told_choice(scores, best, p)
     fine = inputs.load_for(replace(loaded, size=recipe.side(loaded.size)), pictures.samples, None, progress)
     finer = next(fine.batches(len(fine)))
     one_picture = next(pictures.subset(1).batches(1, device=device)).images
-    tried: list[tuple[float, Recipe, list[str]]] = []
+    tried: list[tuple[Recipe, list[str]]] = []
+    scored: list[Tensor] = []
     told, options = progress.task("calibrating"), list(candidates(recipe))
     made: dict[tuple[str, int], list[Tensor]] = {}
     for number, one in enumerate(options):
@@ -90,10 +98,24 @@ def calibrated(
             shown = [explained(loaded.model, one, block, at) for block in blocks()]
             made[one.method, len(at)] = [torch.cat([x[name].maps[:, 0].cpu() for x in shown]) for name in shown[0]]
         masks = segment_with(one, made[one.method, len(at)], finer).masks
-        tried.append((mean_iou(masks, finer.geometry, truths), one, at))
+        tried.append((one, at))
+        scored.append(iou(restore(masks.cpu(), finer.geometry), truths))
         told(number + 1, len(options))
-    value, best_recipe, at = max(tried, key=lambda item: item[0])
-    return best_recipe, at, 0.5, about | {"mean_iou": value, "tried": len(tried)}
+    scores = torch.stack(scored)
+    best, p = surely_best(scores, SURE)
+    return *tried[best], 0.5, about | told_choice(scores, best, p)
+
+
+def told_choice(scores: Tensor, best: int, p: float) -> dict[str, Any]:
+    """What is told of a choice, of ways (M, N) of which the first is the uncalibrated one."""
+    means = scores.double().mean(1)
+    return {
+        "tried": len(scores),
+        "mean_iou": float(means[best]),
+        "mean_iou_uncalibrated": float(means[0]),
+        "changed": best > 0,
+        "p_value": p,
+    }
 
 
 def candidates(recipe: Recipe) -> Iterator[Recipe]:
@@ -108,7 +130,3 @@ def candidates(recipe: Recipe) -> Iterator[Recipe]:
             for blur in (0.02, 0.04):
                 for threshold in ("otsu", "percentile:75", "percentile:85"):
                     yield replace(recipe, method=method, layers=count, weights=weights, blur=blur, threshold=threshold)
-
-
-def mean_iou(masks: Tensor, geometry: Any, truths: Sequence[Tensor]) -> float:
-    return float(iou(restore(masks.cpu(), geometry), list(truths)).mean())

@@ -66,7 +66,11 @@ def told(result: dict[str, Any], out: Path) -> str:
         f"skipped {result['skipped']}{rate}"
     ]
     if used := result["masks_used_for_calibration"]:
-        lines.append(f"calibrated on {used} drawn masks, which are not scored")
+        chosen = result["threshold"]["chosen_on"]
+        kept = (
+            "" if chosen["changed"] else f"; of {chosen['tried']} ways none was surely better, so nothing was changed"
+        )
+        lines.append(f"calibrated on {used} drawn masks, which are not scored{kept}")
     if result["mean_iou"] is not None:
         lines.append(told_iou(result))
         for name, value in result["baselines"].items():

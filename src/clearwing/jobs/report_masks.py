@@ -188,7 +188,8 @@ def about_pipeline(result: dict[str, Any]) -> str:
         words += [f"{how['pool']}x{how['pool']} max-pool"] if how["pool"] > 1 else []
         words += ["GrabCut"] if how["refine"] == "grabcut" else []
     if (chosen := threshold.get("chosen_on")) is not None:
-        words += [f"chosen among {chosen['tried']} on {chosen['masks']} drawn masks"]
+        kept = "chosen among" if chosen.get("changed", True) else "unchanged, for nothing was surely better among"
+        words += [f"{kept} {chosen['tried']} on {chosen['masks']} drawn masks"]
     return ", ".join(words)
 
 
