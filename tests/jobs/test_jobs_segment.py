@@ -209,6 +209,12 @@ def test_layers_that_are_named_are_kept_when_calibrating(capsys, photos, trained
     assert result["masks_used_for_calibration"] == 3
 
 
+def test_a_layer_that_is_not_there_is_refused_before_any_work(capsys, photos, trained, tmp_path):
+    told = failure(capsys, "segment", trained, photos, "--layers", "layer3,layre2", "--out", tmp_path / "out")
+    assert "layre2" in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_calibration_must_leave_something_to_score(capsys, photos, trained, tmp_path):
     def refused(data, *options):
         return failure(capsys, "segment", trained, data, "--out", tmp_path / "out", *options)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clearwing.attribution.modules import calls
 from clearwing.config import SegmentConfig, as_json
 from clearwing.data.loader import Pictures, load_pictures, made_ahead
 from clearwing.data.sources import ALL, Dataset, Sample, open_data
@@ -60,6 +61,7 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
     loaded = inputs.open_model(config.run, size=config.size, fit=config.fit)
     if config.pipeline == "decoder" and loaded.run is None:
         raise ClearwingError("--pipeline", "decoder", "is trained for a RUN; give one, or take refine")
+    calls(loaded.model, comma_list(config.layers))  # a name that the network does not have is refused before any work
     check_format(config, loaded.model.num_classes or len(loaded.model.class_names))
     dataset = open_samples(config, loaded.run)
     samples = inputs.limited(inputs.split_of(dataset, config.split), config.limit)
