@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,13 +144,11 @@ def votes(
 ) -> tuple[Tensor, Tensor]:
     """What VOTERS make of the pictures: the share that says foreground (N, H, W), at the network's size, and how well
     they agree, (N,)."""
-    told, shares, agreements = progress.task("making masks to learn from"), [], []
-    size = (pictures.images.shape[2], pictures.images.shape[3])
     methods = list(dict.fromkeys(voter.method for voter in VOTERS))
-    layers: list[str] = []
-    done = 0
-    for batch, finer in zip(*(p.batches(batch_size, device=device) for p in (pictures, fine)), strict=True):
-        layers = layers or stages(model, batch.images, max(voter.layers for voter in VOTERS))
+    one = next(pictures.subset(1).batches(1, device=device)).images
+    layers = stages(model, one, max(voter.layers for voter in VOTERS))
+
+    def voted(batch: Batch, finer: Batch) -> tuple[Tensor, Tensor]:
         found = explain(model, batch, methods, layers=layers, target="pred", average=VOTERS[0].average)
         made = []
         for voter in VOTERS:
@@ -158,12 +156,10 @@ def votes(
             maps = [found[f"{voter.method}@{layer}"] for layer in own]
             recipe = replace(voter, layers=len(own), weights=voter.weights[-len(own) :])
             made.append(segment_with(recipe, maps, finer).masks)
-        share, agreement = vote(made)
-        shares.append(resized(share, size).clamp(0, 1).cpu())
-        agreements.append(agreement.cpu())
-        done += len(batch)
-        told(done, len(pictures))
-    return torch.cat(shares), torch.cat(agreements)
+        return vote(made)
+
+    told = progress.task("making masks to learn from")
+    return batch_by_batch(voted, pictures, fine, batch_size, device, told)
 
 
 def revised(
@@ -172,22 +168,39 @@ def revised(
     """What a decoder makes of the pictures it was taught by, cut along the edges of the finer ones, as `votes` gives
     it: the voters are the mask itself and its CUTS. Its probabilities are averaged over the picture and its mirror
     image."""
-    told, shares, agreements = progress.task("revising the masks"), [], []
-    size, side = pictures.images.shape[2:], fine.images.shape[2:]
-    done = 0
-    for batch, finer in zip(*(p.batches(batch_size, device=fabric.device) for p in (pictures, fine)), strict=True):
+
+    def voted(batch: Batch, finer: Batch) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(), fabric.autocast():
             views = [segmenter(batch.images)[1], segmenter(batch.images.flip(3))[1].flip(2)]
-        likely = resized(torch.stack(views).float().sigmoid().mean(0), (side[0], side[1]))
-        made, fell_back = [likely > 0.5], torch.zeros(len(batch), dtype=torch.bool)
+        side = (finer.images.shape[2], finer.images.shape[3])
+        likely = resized(torch.stack(views).float().sigmoid().mean(0), side)
+        made, fell_back = [likely > 0.5], torch.zeros(len(batch), dtype=torch.bool, device=likely.device)
         for foreground, background in CUTS:
             codes = likely_seeds(likely, sure_foreground=foreground, sure_background=background)
             cut, failed = grabcut(finer.images, codes, iterations=REFINE.iterations)
-            fell_back |= failed.cpu()
+            fell_back |= failed
             made.append(clean(cut, likely, share=REFINE.keep, fill=REFINE.fill))
         share, agreement = vote(made)
-        shares.append(resized(share, (size[0], size[1])).clamp(0, 1).cpu())
-        agreements.append(torch.where(fell_back, 0, agreement.cpu()))  # who repeats the decoder does not agree with it
+        return share, torch.where(fell_back, 0, agreement)  # who repeats the decoder does not agree with it
+
+    return batch_by_batch(voted, pictures, fine, batch_size, fabric.device, progress.task("revising the masks"))
+
+
+def batch_by_batch(
+    voted: Callable[[Batch, Batch], tuple[Tensor, Tensor]],
+    pictures: Pictures,
+    fine: Pictures,
+    batch_size: int,
+    device: torch.device,
+    told: Callable[[int, int], object],
+) -> tuple[Tensor, Tensor]:
+    """Shares (N, H, W) at the network's size, and agreement (N,), of a vote on all pictures; on the CPU."""
+    size = (pictures.images.shape[2], pictures.images.shape[3])
+    shares, agreements, done = [], [], 0
+    for batch, finer in zip(*(p.batches(batch_size, device=device) for p in (pictures, fine)), strict=True):
+        share, agreement = voted(batch, finer)
+        shares.append(resized(share, size).clamp(0, 1).cpu())
+        agreements.append(agreement.cpu())
         done += len(batch)
         told(done, len(pictures))
     return torch.cat(shares), torch.cat(agreements)
