@@ -203,7 +203,7 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
     rounds of the same number of steps, the drawn masks being the same in all."""
     fabric, course, model = make_fabric("cpu"), replace(decoder.Course(), steps=steps), loaded.model
     common: dict[str, Any] = {"fit": loaded.fit, "channels": loaded.channels}
-    pictures = cw.load_pictures(samples, loaded.size, **common)
+    pictures, fine = (cw.load_pictures(samples, side, **common) for side in (loaded.size, REFINE.side(loaded.size)))
     drawn = torch.stack([fit_mask(t, place) for t, place in zip(truths, pictures.geometry, strict=True)])
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
     halves = [half.sort()[0].tolist() for half in order.chunk(2)]
@@ -214,9 +214,9 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
 
     def score(made: Segmenter, way: str, which: list[int]) -> None:
         for some in torch.tensor(which).split(32):
-            batch = next(pictures.subset(some.tolist()).batches(len(some)))
+            batch, finer = (next(p.subset(some.tolist()).batches(len(some))) for p in (pictures, fine))
             with torch.inference_mode():
-                full = restore(made(batch.images)[1].float().sigmoid(), batch.geometry)
+                full = restore(made(batch.images, finer.images)[1].float().sigmoid(), finer.geometry)
             scores[way][some] = iou([one > 0.5 for one in full], [truths[i] for i in some]).float()
 
     with Progress(True) as progress:
@@ -242,17 +242,17 @@ def speed(loaded: inputs.Loaded, samples: Any) -> None:
     recipe, layers = fitted(REFINE, model, batch.images)
     refine, quick = NetworkMasker(model, recipe, layers), DecoderMasker(segmenter, precise)
 
-    def passed(module: torch.nn.Module) -> Callable[[], object]:
+    def passed(module: torch.nn.Module, *images: Tensor) -> Callable[[], object]:
         def way() -> None:
             with torch.inference_mode(), precise():
-                module(batch.images)
+                module(*images)
 
         return way
 
     ways: dict[str, Callable[[], object]] = {
-        "classifier": passed(model),
-        "classifier and decoder": passed(segmenter),
-        "--pipeline decoder": lambda: quick(batch, batch),
+        "classifier": passed(model, batch.images),
+        "classifier and decoder": passed(segmenter, batch.images, fine.images),
+        "--pipeline decoder": lambda: quick(batch, fine),
         "--pipeline refine: its explanation": lambda: explained(model, recipe, batch, layers),
         "--pipeline refine": lambda: refine(batch, fine),
     }

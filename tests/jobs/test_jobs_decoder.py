@@ -89,9 +89,9 @@ def test_revised_masks_are_the_decoders_own_and_their_cuts(trained, photos, prog
 
     [batch], [finer] = pictures.batches(5), fine.batches(5)
     with torch.inference_mode():
-        plain, mirrored = segmenter(batch.images)[1].sigmoid(), segmenter(batch.images.flip(3))[1].sigmoid().flip(2)
-    size = finer.images.shape[2:]
-    likely = torch.nn.functional.interpolate((plain + mirrored)[:, None] / 2, size, mode="bilinear")[:, 0]
+        plain = segmenter(batch.images, finer.images)[1].sigmoid()
+        mirrored = segmenter(batch.images.flip(3), finer.images.flip(3))[1].sigmoid().flip(2)
+    likely = (plain + mirrored) / 2
     masks, failed = [likely > 0.5], torch.zeros(5, dtype=torch.bool)
     for foreground, background in CUTS:
         codes = likely_seeds(likely, sure_foreground=foreground, sure_background=background)

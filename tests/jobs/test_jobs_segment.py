@@ -263,9 +263,9 @@ def test_the_decoder_is_trained_once_for_the_weights_of_a_run(capsys, photos, tr
     segmenter = cw.Run.load(copy).load_segmenter()
     assert first["threshold"]["layers"] == list(segmenter.layers)
     samples = cw.open_data(photos).splits["val"]
-    [batch] = cw.load_pictures(samples, 32, fit="squash").batches(6)
+    batch, fine = (next(cw.load_pictures(samples, side, fit="squash").batches(6)) for side in (32, 64))
     with torch.inference_mode():
-        shares = cw.restore(segmenter(batch.images)[1].sigmoid(), batch.geometry)
+        shares = cw.restore(segmenter(batch.images, fine.images)[1].sigmoid(), fine.geometry)
     for sample, share in zip(samples, shares, strict=True):
         mask = cw.read_mask(tmp_path / "one" / first["files"][sample.key])
         assert ((share > 0.5) != mask).float().mean() < 0.05  # bfloat16 in the job, where the processor has it
@@ -408,7 +408,7 @@ def test_a_place_at_the_threshold_is_foreground(trained):
     masker = DecoderMasker(segmenter, nullcontext, cut=1.0)
     shares = torch.zeros(1, 32, 32)
     shares[:, 4:20, 8:16] = 1.0
-    masker.shares = lambda batch: (shares, torch.zeros(1, 3))
+    masker.shares = lambda batch, fine: (shares, torch.zeros(1, 3))
     [batch] = cw.load_pictures([Sample("a", np.zeros((40, 40, 3), np.uint8))], 32, fit="squash").batches(1)
     [full] = whole(masker(batch, batch), batch, batch, cut=1.0)
     assert full.shape == (40, 40)

@@ -251,5 +251,11 @@ def test_the_mask_follows_the_pictures_edges(segmenter):
     with torch.no_grad():
         plain = segmenter.decoder(segmenter.features(images)[1], images.shape[2:]).sigmoid()
         found = segmenter(images)[1].sigmoid()
+        fine = torch.nn.functional.interpolate(images, scale_factor=2.0, mode="bilinear").clamp(0, 1)
+        logits, finer = segmenter(images, fine)
     torch.testing.assert_close(found, guided_filter(plain, images).clamp(1e-4, 1 - 1e-4), rtol=0, atol=1e-5)
+    expected = guided_filter(plain, images, fine=fine).clamp(1e-4, 1 - 1e-4)
+    assert finer.shape[1:] == fine.shape[2:]
+    torch.testing.assert_close(finer.sigmoid(), expected, rtol=0, atol=1e-5)
+    assert torch.equal(logits, segmenter(images)[0])
     assert (found - plain).abs().max() > 1e-3

@@ -63,6 +63,19 @@ def test_a_linear_function_of_the_colours_is_kept(step):
     torch.testing.assert_close(guided_filter(maps, images, epsilon=1e-9, step=step), maps, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(32, 40), (37, 23), (16, 20)])
+def test_what_is_found_on_small_pictures_is_taken_of_fine_ones(size):
+    images, fine = drawn(height=16, width=20)[1], drawn(height=size[0], width=size[1], seed=1)[1]
+    mix = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)[:, None, None]
+    found = guided_filter((mix * images).sum(1) + 3, images, epsilon=1e-9, fine=fine)
+    torch.testing.assert_close(found, (mix * fine).sum(1) + 3, rtol=0, atol=1e-5)
+
+
+def test_the_same_pictures_as_fine_ones_change_nothing():
+    maps, images = drawn(4)
+    assert torch.equal(guided_filter(maps, images, fine=images), guided_filter(maps, images))
+
+
 def test_a_flat_picture_blurs_and_a_constant_map_stays():
     maps, images = drawn(height=16, width=16)
     torch.testing.assert_close(guided_filter(torch.full_like(maps, 7.0), images), torch.full_like(maps, 7.0))

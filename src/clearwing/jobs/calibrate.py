@@ -71,16 +71,18 @@ def calibrated(
     def blocks() -> Iterator[Batch]:
         return pictures.batches(config.batch_size, device=device)
 
+    fine = inputs.load_for(replace(loaded, size=recipe.side(loaded.size)), pictures.samples, None, progress)
+
     if config.pipeline == "decoder" and loaded.run is not None:
         masker = DecoderMasker(loaded.run.load_segmenter().to(device), make_fabric(config.device).autocast)
         # before small pieces and holes are mended, which goes by the threshold
-        shares = [share for block in blocks() for share in restore(masker.shares(block)[0].cpu(), block.geometry)]
+        pairs = zip(blocks(), fine.batches(config.batch_size, device=device), strict=True)
+        shares = [share for pair in pairs for share in restore(masker.shares(*pair)[0].cpu(), pair[1].geometry)]
         curve = threshold_curve(shares, truths, bins=100)
         cuts = [0.5, *(cut for cut in curve.thresholds.tolist() if cut != 0.5)]
         scores = torch.stack([curve.at(cut) for cut in cuts])
         best, p = surely_best(scores, SURE)
         return recipe, list(layers), cuts[best], about | told_choice(scores, best, p)
-    fine = inputs.load_for(replace(loaded, size=recipe.side(loaded.size)), pictures.samples, None, progress)
     finer = next(fine.batches(len(fine)))
     one_picture = next(pictures.subset(1).batches(1, device=device)).images
     tried: list[tuple[Recipe, list[str]]] = []

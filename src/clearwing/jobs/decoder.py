@@ -171,9 +171,9 @@ def revised(
 
     def voted(batch: Batch, finer: Batch) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(), fabric.autocast():
-            views = [segmenter(batch.images)[1], segmenter(batch.images.flip(3))[1].flip(2)]
-        side = (finer.images.shape[2], finer.images.shape[3])
-        likely = resized(torch.stack(views).float().sigmoid().mean(0), side)
+            mirrored = segmenter(batch.images.flip(3), finer.images.flip(3))[1].flip(2)
+            views = [segmenter(batch.images, finer.images)[1], mirrored]
+        likely = torch.stack(views).float().sigmoid().mean(0)
         made, fell_back = [likely > 0.5], torch.zeros(len(batch), dtype=torch.bool, device=likely.device)
         for foreground, background in CUTS:
             codes = likely_seeds(likely, sure_foreground=foreground, sure_background=background)

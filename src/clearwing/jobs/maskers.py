@@ -76,14 +76,14 @@ class DecoderMasker:
     cut: float = 0.5  # the probability from which on a place is foreground
 
     @torch.inference_mode()
-    def shares(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The foreground's probability (N, H, W) and the logits (N, K)."""
+    def shares(self, batch: Batch, fine: Batch) -> tuple[Tensor, Tensor]:
+        """The foreground's probability (N, H, W), of the size of the fine pictures, and the logits (N, K)."""
         with self.autocast():
-            logits, masks = self.segmenter(batch.images)
+            logits, masks = self.segmenter(batch.images, fine.images)
         return masks.float().sigmoid(), logits.float()
 
     def __call__(self, batch: Batch, fine: Batch) -> Masked:
-        shares, logits = self.shares(batch)
+        shares, logits = self.shares(batch, fine)
         found = shares >= self.cut
         whole = clean(found, shares, share=RECIPES["refine"].keep, fill=True)  # no small pieces, no holes
         made = torch.where(found == whole, shares, whole.float())

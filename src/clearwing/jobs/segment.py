@@ -137,8 +137,7 @@ def prepare(
     against: dict[str, Masker] = {}
     if config.baselines and any(sample.mask is not None for sample in samples):
         against = rivals(untrained(loaded.run, config.seed, device), recipe, layers)
-    side = loaded.size if config.pipeline == "decoder" and not against else recipe.side(loaded.size)
-    return Prepared(masker, against, side, threshold, chosen.get("masks", 0), cut)
+    return Prepared(masker, against, recipe.side(loaded.size), threshold, chosen.get("masks", 0), cut)
 
 
 class Work:

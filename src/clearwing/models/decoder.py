@@ -75,11 +75,13 @@ class Segmenter(nn.Module):
 
     layers: the modules of the classifier whose outputs (N, C, h, w) the decoder takes, fine to coarse.
     The mask is where the second is not below 0; it has the size of the pictures, whose edges it follows: the decoder's
-    probability goes through `guided_filter`. The classifier is not trained:
-    it stays in evaluation mode, its parameters take no gradient, and it says what it would say alone.
+    probability goes through `guided_filter`. Where the same pictures are given in a finer size as well, (N, C, H', W'),
+    it follows the edges of those and has their size. The classifier is not trained: it stays in evaluation mode, its
+    parameters take no gradient, and it says what it would say alone.
 
     >>> segmenter = Segmenter(model, Decoder((32, 64, 128)), ["layer1", "layer2", "layer3"])
     >>> logits, masks = segmenter(images)
+    >>> logits, masks = segmenter(images, fine)
 
     Raises ClearwingError for a layer that the classifier does not have.
     """
@@ -109,10 +111,10 @@ class Segmenter(nn.Module):
             logits = self.model(images)
         return logits, [found[module] for module in self._modules_of_layers]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, fine: Tensor | None = None) -> tuple[Tensor, Tensor]:
         logits, features = self.features(images)
         probability = self.decoder(features, images.shape[2:]).sigmoid()
-        return logits, guided_filter(probability, images).logit(eps=1e-4)
+        return logits, guided_filter(probability, images, fine=fine).logit(eps=1e-4)
 
 
 @contextmanager

@@ -7,19 +7,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def guided_filter(maps: Tensor, images: Tensor, radius: int = 2, epsilon: float = 1e-3, step: int = 2) -> Tensor:
-    """Maps (N, H, W) as a linear function of the colours of their pictures (N, C, H, W) in every window: (N, H, W).
+def guided_filter(
+    maps: Tensor,
+    images: Tensor,
+    radius: int = 3,
+    epsilon: float = 1e-4,
+    step: int = 2,
+    fine: Tensor | None = None,
+) -> Tensor:
+    """Maps (N, H, W) as a linear function of the colours of their pictures (N, C, H, W) in every window: (N, H, W), or
+    (N, H', W') of `fine` ones.
 
     He, Sun and Tang 2013: in each window q = a . I + b with a = (Sigma + epsilon U)^-1 (mean(I p) - mean(I) mean(p))
     and b = mean(p) - a . mean(I) (eq. 19 and 20); a and b are averaged over the windows that hold a pixel (eq. 21).
     As in the fast guided filter (He and Sun 2015), a and b are found on pictures smaller by `step` and upsampled.
 
     images: in [0, 1]; three channels are colours, any other number is averaged to one.
+    fine: the same pictures in another size, (N, C, H', W'): the functions found on the small ones are taken of these.
     radius: of the square windows, in pixels of the smaller picture. epsilon: the variance that counts as flat.
     """
     precise = torch.promote_types(maps.dtype, torch.float32)  # a variance is a small difference of large numbers
     maps, images = maps.to(precise), images.to(precise)
-    guide = images if images.shape[1] == 3 else images.mean(1, keepdim=True)
+    guide = _guide(images)
     small, p = (F.avg_pool2d(x, step, ceil_mode=True) for x in (guide, maps[:, None]))
     colours = small.split(1, 1)
     pairs = [(i, j) for i in range(len(colours)) for j in range(i, len(colours))]
@@ -35,8 +44,14 @@ def guided_filter(maps: Tensor, images: Tensor, radius: int = 2, epsilon: float 
     }
     a = _solved(variance, (mean_ip - mean * mean_p).split(1, 1))
     b = mean_p - (a * mean).sum(1, keepdim=True)
-    line = F.interpolate(_box(torch.cat([a, b], 1), radius), maps.shape[1:], mode="bilinear", align_corners=False)
+    if fine is not None:
+        guide = _guide(fine.to(precise))
+    line = F.interpolate(_box(torch.cat([a, b], 1), radius), guide.shape[2:], mode="bilinear", align_corners=False)
     return (line[:, :-1] * guide).sum(1) + line[:, -1]
+
+
+def _guide(images: Tensor) -> Tensor:
+    return images if images.shape[1] == 3 else images.mean(1, keepdim=True)
 
 
 def _box(x: Tensor, radius: int) -> Tensor:
