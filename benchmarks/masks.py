@@ -223,8 +223,8 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
         for half, test in zip(halves, reversed(halves), strict=True):
             teacher = with_masks(pictures.subset(half), (drawn[half] == 1).float(), (drawn[half] != IGNORE).float())
             made = decoder.new_decoder(model, pictures, fabric.device, course.width)
-            for _ in range(course.rounds):
-                made = decoder.trained_decoder(made, teacher, fabric, course, progress)
+            for count in range(course.rounds):
+                made = decoder.trained_decoder(made, teacher, fabric, course, progress, seed=count + 1)
             score(made, "drawn", test)
         *_, (made, _) = decoder.taught(model, free, finer, fabric, course, progress)
         score(made, "free", list(range(len(samples))))

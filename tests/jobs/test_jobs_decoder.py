@@ -224,9 +224,10 @@ def test_masks_count_by_their_agreement_and_where_there_is_none_not_at_all(copy,
         agreement[4] = 0.5
         return shares, agreement
 
-    def kept(segmenter, pictures, *rest):
+    def kept(segmenter, pictures, *rest, seed):
         seen.append(pictures)
-        return trained_decoder(segmenter, pictures, *rest)
+        assert seed == len(seen)  # every round changes the pictures in other ways
+        return trained_decoder(segmenter, pictures, *rest, seed=seed)
 
     monkeypatch.setattr(decoder, "votes", some)
     monkeypatch.setattr(decoder, "revised", some)
@@ -308,11 +309,11 @@ def test_an_interrupted_round_is_not_taken_for_a_whole_one(copy, monkeypatch, pr
 def test_a_course_that_is_broken_off_goes_on_with_the_next_round(copy, revision, monkeypatch, capsys):
     calls = []
 
-    def once(segmenter, pictures, *rest):
+    def once(segmenter, pictures, *rest, **options):
         calls.append(segmenter)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return trained_decoder(segmenter, pictures, *rest)
+        return trained_decoder(segmenter, pictures, *rest, **options)
 
     monkeypatch.setattr(decoder, "trained_decoder", once)
     monkeypatch.setattr(decoder, "teach", lambda run, *args: teach(run, *args, course=SHORT))

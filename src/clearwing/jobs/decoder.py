@@ -45,14 +45,14 @@ CUTS = ((0.99, 0.2), (0.99, 0.35), (0.95, 0.2))
 @dataclass(frozen=True)
 class Course:
     """How a decoder is taught: in rounds, the first on the masks of the network's maps, each next one on the masks of
-    the decoder so far, cut along the pictures' edges. Rounds and trust were chosen on drawn pictures and on held-out
+    the decoder so far, cut along the pictures' edges. Rounds and trust were chosen on drawn pictures and on
     training photographs without their masks (benchmarks/RESULTS.md); the others are usual values, not searched."""
 
     pictures: int = 4000  # at the most, spread over the training pictures
-    rounds: int = 2
+    rounds: int = 3
     steps: int = 600  # a round
     batch: int = 32
-    times: int = 2  # that a batch is learned from, once it has passed the classifier
+    times: int = 4  # that a batch is learned from, once it has passed the classifier
     trust: float = 4.0  # the power of their agreement that masks count by
     lr: float = 2e-3
     weight_decay: float = 1e-2
@@ -118,7 +118,9 @@ def taught(
         progress.say(f"round {count} of {course.rounds}: the masks agree by {agreement.mean():.2f}, of 1")
         weights = agreement**course.trust * found  # a picture without a mask does not say: no object
         if (weights * 255).round().any():
-            segmenter = trained_decoder(segmenter, with_masks(pictures, shares, weights), fabric, course, progress)
+            segmenter = trained_decoder(
+                segmenter, with_masks(pictures, shares, weights), fabric, course, progress, seed=count
+            )
         elif count == 1:
             raise ClearwingError("--pipeline", "decoder", "the network gives no mask to teach with; train it longer")
         else:
@@ -209,7 +211,8 @@ def batch_by_batch(
 def trained_decoder(
     segmenter: Segmenter, pictures: Pictures, fabric: Fabric, course: Course, progress: Progress, seed: int = 0
 ) -> Segmenter:
-    """A copy whose decoder has learned from pictures with masks (see `with_masks`) for one round; in eval mode."""
+    """A copy whose decoder has learned from pictures with masks (see `with_masks`) for one round; in eval mode. The
+    seed draws the order and the changes of the pictures."""
     segmenter = copy.deepcopy(segmenter)
     augment = MaskAugment(pictures.images.shape[2], (course.scale, 1.0))
     batch = min(course.batch, len(pictures))
