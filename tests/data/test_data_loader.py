@@ -11,7 +11,7 @@ from PIL import Image
 
 from clearwing.data import loader
 from clearwing.data.augment import Augment
-from clearwing.data.loader import epoch_order, load_pictures, made_ahead, spread
+from clearwing.data.loader import epoch_order, load_pictures, load_sizes, made_ahead, spread
 from clearwing.data.preprocess import fit_picture, read_picture
 from clearwing.data.sources import Sample
 from clearwing.types import ClearwingError
@@ -70,6 +70,23 @@ def test_broken_pictures_are_passed_over_and_named(tmp_path):
     assert pictures.images[:, 0, 0, 0].tolist() == colours
     assert seen[-1] == (70, 70)
     assert seen == sorted(seen)
+
+
+def test_several_sizes_are_of_one_reading(tmp_path, monkeypatch):
+    given = samples(70)  # more than one task
+    given[40] = Sample("bad", tmp_path / "none.jpg", 0)
+    read = []
+    monkeypatch.setattr(loader, "read_picture", lambda *given: read.append(1) or read_picture(*given))
+    small, wide, again = load_sizes(given, (5, (6, 9), 5), fit="pad")
+    assert len(read) == 70
+    assert again is small
+    monkeypatch.undo()
+    for found, size in ((small, 5), (wide, (6, 9))):
+        alone = load_pictures(given, size, fit="pad")
+        assert torch.equal(found.images, alone.images)
+        assert torch.equal(found.labels, alone.labels)
+        assert (found.geometry, found.skipped) == (alone.geometry, alone.skipped)
+        assert found.samples == alone.samples == tuple(given[:40] + given[41:])
 
 
 def test_nothing_to_load_and_nothing_readable_are_errors(tmp_path):

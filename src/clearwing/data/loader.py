@@ -265,14 +265,33 @@ def load_pictures(
     Raises ClearwingError where there is no sample, where none can be read (unless `empty`, for one part of many), or
     where the disk is too small.
     """
+    common: dict[str, Any] = {"memory": memory, "cache_dir": cache_dir, "workers": workers, "progress": progress}
+    return load_sizes(samples, [size], fit=fit, channels=channels, empty=empty, **common)[0]
+
+
+def load_sizes(
+    samples: Sequence[Sample],
+    sizes: Sequence[int | Sequence[int]],
+    *,
+    fit: str = "crop",
+    channels: int = 3,
+    memory: int = MEMORY,
+    cache_dir: str | Path | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    empty: bool = False,
+) -> tuple[Pictures, ...]:
+    """The same pictures in several sizes, each of them decoded once; otherwise as `load_pictures`. Equal sizes are the
+    same Pictures."""
     if not samples:
         raise ClearwingError("samples", "[]", "there is no picture to load")
     if channels not in (1, 3):
         raise ClearwingError("channels", channels, "choose 1 (grey) or 3 (RGB)")
-    fit_geometry(1, 1, size, fit)  # a wrong setting is no fault of the pictures
-    H, W = square(size)
-    pixels = _cache((len(samples), H, W, channels), memory, cache_dir)
-    geometry: list[Geometry | None] = [None] * len(samples)
+    for size in sizes:
+        fit_geometry(1, 1, size, fit)  # a wrong setting is no fault of the pictures
+    shapes = list(dict.fromkeys(square(size) for size in sizes))
+    pixels = {shape: _cache((len(samples), *shape, channels), memory, cache_dir) for shape in shapes}
+    geometry: dict[tuple[int, int], list[Geometry | None]] = {shape: [None] * len(samples) for shape in shapes}
     skipped: dict[int, str] = {}
 
     def decode(start: int) -> int:
@@ -283,8 +302,9 @@ def load_pictures(
             except ClearwingError as error:
                 skipped[i] = error.mend
                 continue
-            fitted, geometry[i] = fit_picture(picture, (H, W), fit)
-            pixels[i] = fitted.permute(1, 2, 0)
+            for shape in shapes:
+                fitted, geometry[shape][i] = fit_picture(picture, shape, fit)
+                pixels[shape][i] = fitted.permute(1, 2, 0)
         return len(part)
 
     starts = range(0, len(samples), TASK)
@@ -301,17 +321,21 @@ def load_pictures(
     if len(skipped) == len(samples) and not empty:
         raise ClearwingError("pictures", samples[0].key, f"none of {len(samples)} can be read: {skipped[0]}")
     kept = [i for i in range(len(samples)) if i not in skipped]
-    for place, i in enumerate(kept[min(skipped) :] if skipped else (), start=min(skipped, default=0)):
-        pixels[place] = pixels[i]  # close the gaps in place: the cache may be larger than the memory
     labels = [samples[i].label for i in kept]
     known = [label for label in labels if label is not None]
-    return Pictures(
-        pixels[: len(kept)].permute(0, 3, 1, 2),
-        torch.tensor(known, dtype=torch.int64) if len(known) == len(labels) else None,
-        tuple(samples[i] for i in kept),
-        tuple(place for place in geometry if place is not None),
-        tuple((samples[i].key, skipped[i]) for i in sorted(skipped)),
-    )
+    found: dict[tuple[int, int], Pictures] = {}
+    for shape in shapes:
+        own = pixels[shape]
+        for place, i in enumerate(kept[min(skipped) :] if skipped else (), start=min(skipped, default=0)):
+            own[place] = own[i]  # close the gaps in place: the cache may be larger than the memory
+        found[shape] = Pictures(
+            own[: len(kept)].permute(0, 3, 1, 2),
+            torch.tensor(known, dtype=torch.int64) if len(known) == len(labels) else None,
+            tuple(samples[i] for i in kept),
+            tuple(place for place in geometry[shape] if place is not None),
+            tuple((samples[i].key, skipped[i]) for i in sorted(skipped)),
+        )
+    return tuple(found[square(size)] for size in sizes)
 
 
 def cores() -> int:

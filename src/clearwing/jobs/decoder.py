@@ -46,7 +46,8 @@ CUTS = ((0.99, 0.2), (0.99, 0.35), (0.95, 0.2))
 class Course:
     """How a decoder is taught: in rounds, the first on the masks of the network's maps, each next one on the masks of
     the decoder so far, cut along the pictures' edges. Rounds and trust were chosen on drawn pictures and on
-    training photographs without their masks (benchmarks/RESULTS.md); the others are usual values, not searched."""
+    training photographs without their masks, `times` by the time it takes (benchmarks/RESULTS.md); the others are usual
+    values, not searched."""
 
     pictures: int = 4000  # at the most, spread over the training pictures
     rounds: int = 3
@@ -72,9 +73,7 @@ def teach(run: Run, device: str, progress: Progress, anew: bool = False, *, cour
     if "train" not in dataset.splits:
         raise ClearwingError("--pipeline", "decoder", f"the training pictures of {run.path} are not there any more")
     samples = inputs.limited(dataset.splits["train"], course.pictures)
-    pictures = inputs.load_for(loaded, samples, None, progress)
-    side = VOTERS[0].side(loaded.size)
-    fine = inputs.load_for(replace(loaded, size=side), samples, None, progress) if side > loaded.size else pictures
+    pictures, fine = inputs.load_with_fine(loaded, samples, REFINE.side(loaded.size), progress)
     about = {
         "weights_sha256": inputs.weights_hash(run),
         "pictures": len(pictures),

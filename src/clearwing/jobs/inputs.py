@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from clearwing.config import TrainConfig, split_settings
-from clearwing.data.loader import Pictures, load_pictures, spread
+from clearwing.data.loader import Pictures, load_pictures, load_sizes, spread
 from clearwing.data.preprocess import read_mask
 from clearwing.data.sources import ALL, BUILT_IN, EXTENSIONS, Dataset, Sample, open_data
 from clearwing.jobs.progress import Progress
@@ -145,6 +145,15 @@ def load_for(loaded: Loaded, samples: tuple[Sample, ...], limit: int | None, pro
     """The samples decoded at the network's size."""
     told = progress.task("reading pictures")
     return load_pictures(limited(samples, limit), loaded.size, fit=loaded.fit, channels=loaded.channels, progress=told)
+
+
+def load_with_fine(
+    loaded: Loaded, samples: tuple[Sample, ...], side: int, progress: Progress
+) -> tuple[Pictures, Pictures]:
+    """The samples decoded once, at the network's size and at this one."""
+    told, sizes = progress.task("reading pictures"), (loaded.size, side)
+    pictures, fine = load_sizes(samples, sizes, fit=loaded.fit, channels=loaded.channels, progress=told)
+    return pictures, fine
 
 
 def load_blocks(loaded: Loaded, samples: tuple[Sample, ...], block: int = 256) -> Iterator[Pictures]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clearwing.attribution.modules import calls
 from clearwing.config import SegmentConfig, as_json
-from clearwing.data.loader import Pictures, load_pictures, made_ahead
+from clearwing.data.loader import Pictures, load_sizes, made_ahead
 from clearwing.data.sources import ALL, Dataset, Sample, open_data
 from clearwing.jobs import inputs
 from clearwing.jobs.calibrate import calibrated, held_out
@@ -178,14 +178,13 @@ class Work:
     def read(self, blocks: Iterable[Sequence[Sample]]) -> Iterator[tuple[Pictures, Pictures]]:
         """The pictures of each block as the network takes them and as they are refined.
 
-        In one thread beside the work: it is done sooner than the work is, and more would take the cores from it.
+        In one thread beside the work: more would take the cores from it.
         """
-        size, side = self.loaded.size, self.prepared.side
+        sizes = (self.loaded.size, self.prepared.side)
         common: dict[str, Any] = {"fit": self.loaded.fit, "channels": self.loaded.channels, "workers": 1}
         for block in blocks:
-            pictures = load_pictures(block, size, empty=True, **common)
-            same = side == size or not len(pictures)
-            yield pictures, pictures if same else load_pictures(pictures.samples, side, **common)
+            pictures, fine = load_sizes(block, sizes, empty=True, **common)
+            yield pictures, fine
 
     def block(self, pictures: Pictures, fine: Pictures) -> dict[str, Any]:
         """Make, write and score the masks of one block: its line in the manifest."""
