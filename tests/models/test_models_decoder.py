@@ -258,4 +258,6 @@ def test_the_mask_follows_the_pictures_edges(segmenter):
     assert finer.shape[1:] == fine.shape[2:]
     torch.testing.assert_close(finer.sigmoid(), expected, rtol=0, atol=1e-5)
     assert torch.equal(logits, segmenter(images)[0])
+    with pytest.raises(ClearwingError, match=r"fine: \(2, 3, 48, 48\); give the same pictures as \(3, 3, 24, 24\)"):
+        segmenter(images, fine[:2])
     assert (found - plain).abs().max() > 1e-3

@@ -5,6 +5,8 @@ import torch
 
 from clearwing.models.guided import guided_filter
 
+DTYPES = (torch.float32, torch.float64)
+
 
 def drawn(channels=3, n=2, height=10, width=13, seed=0):
     generator = torch.Generator().manual_seed(seed)
@@ -63,12 +65,36 @@ def test_a_linear_function_of_the_colours_is_kept(step):
     torch.testing.assert_close(guided_filter(maps, images, epsilon=1e-9, step=step), maps, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(32, 40), (37, 23), (16, 20)])
+def disc(height, width, row, column, radius):
+    """A disc (height, width), places and radius as shares of the height and the width."""
+    y, x = torch.meshgrid((torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij")
+    return ((y - row) ** 2 + (x - column) ** 2 < radius**2).float()
+
+
+@pytest.mark.parametrize("size", [(96, 80), (75, 111), (48, 40)])
 def test_what_is_found_on_small_pictures_is_taken_of_fine_ones(size):
-    images, fine = drawn(height=16, width=20)[1], drawn(height=size[0], width=size[1], seed=1)[1]
-    mix = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)[:, None, None]
-    found = guided_filter((mix * images).sum(1) + 3, images, epsilon=1e-9, fine=fine)
-    torch.testing.assert_close(found, (mix * fine).sum(1) + 3, rtol=0, atol=1e-5)
+    """Two discs of other colours, of which the map means the one: it comes out as sharp as the fine picture is."""
+
+    def pictures(height, width):
+        left, right = disc(height, width, 0.3, 0.25, 0.15), disc(height, width, 0.6, 0.75, 0.2)
+        return torch.stack([left, right, 0.3 + 0.5 * (left + right)])[None], left[None]
+
+    images, wanted = pictures(48, 40)
+    blurred = torch.nn.functional.avg_pool2d(wanted[:, None], 5, stride=1, padding=2)[:, 0]
+    fine, truth = pictures(*size)
+    found = guided_filter(blurred, images, fine=fine) > 0.5
+    assert found.shape == truth.shape
+    assert (found & truth.bool()).sum() / (found | truth.bool()).sum() > 0.97
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-4])
+def test_a_grey_picture_of_three_channels_loses_no_digits(epsilon):
+    grey = torch.where(disc(40, 40, 0.4, 0.5, 0.3) > 0, 0.9, 0.1).expand(1, 3, 40, 40).contiguous()
+    maps = disc(40, 40, 0.4, 0.45, 0.3)[None]
+    found, expected = (guided_filter(maps.to(dtype), grey.to(dtype), epsilon=epsilon) for dtype in DTYPES)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
+    one = guided_filter(maps.double(), grey.double()[:, :1], epsilon=epsilon / 3)  # three times one colour
+    torch.testing.assert_close(expected, one, rtol=0, atol=1e-8)
 
 
 def test_the_same_pictures_as_fine_ones_change_nothing():

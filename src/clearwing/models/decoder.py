@@ -83,7 +83,7 @@ class Segmenter(nn.Module):
     >>> logits, masks = segmenter(images)
     >>> logits, masks = segmenter(images, fine)
 
-    Raises ClearwingError for a layer that the classifier does not have.
+    Raises ClearwingError for a layer that the classifier does not have, and for fine pictures that are others.
     """
 
     def __init__(self, model: nn.Module, decoder: Decoder, layers: Sequence[str]) -> None:
@@ -112,6 +112,8 @@ class Segmenter(nn.Module):
         return logits, [found[module] for module in self._modules_of_layers]
 
     def forward(self, images: Tensor, fine: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if fine is not None and fine.shape[:2] != images.shape[:2]:
+            raise ClearwingError("fine", tuple(fine.shape), f"give the same pictures as {tuple(images.shape)}, larger")
         logits, features = self.features(images)
         probability = self.decoder(features, images.shape[2:]).sigmoid()
         return logits, guided_filter(probability, images, fine=fine).logit(eps=1e-4)

@@ -61,14 +61,18 @@ def _box(x: Tensor, radius: int) -> Tensor:
 
 
 def _solved(s: dict[tuple[int, int], Tensor], v: tuple[Tensor, ...]) -> Tensor:
-    """The solution of S a = v for a symmetric S, one or three rows, at every place: by Cramer's rule, as plain
-    arithmetic goes through a whole batch (and into ONNX) where a solver takes one small matrix after the other."""
+    """The solution of S a = v for a symmetric S, one or three rows, at every place: by its factors L D L^T, as plain
+    arithmetic goes through a whole batch (and into ONNX) where a solver takes one small matrix after the other. By
+    Cramer's rule, digits would be lost where the colours are nearly one, as in a grey picture."""
     if len(v) == 1:
         return v[0] / s[0, 0]
-    rr, rg, rb, gg, gb, bb = (s[key] for key in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)))
-    c_rr, c_rg, c_rb = gg * bb - gb * gb, gb * rb - rg * bb, rg * gb - gg * rb
-    c_gg, c_gb, c_bb = rr * bb - rb * rb, rb * rg - rr * gb, rr * gg - rg * rg
-    determinant = rr * c_rr + rg * c_rg + rb * c_rb
+    d1, rg, rb, gg, gb, bb = (s[key] for key in ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)))
+    l1, l2 = rg / d1, rb / d1
+    d2, e = gg - l1 * rg, gb - l1 * rb
+    l3 = e / d2
+    d3 = bb - l2 * rb - l3 * e
     r, g, b = v
-    rows = (c_rr * r + c_rg * g + c_rb * b, c_rg * r + c_gg * g + c_gb * b, c_rb * r + c_gb * g + c_bb * b)
-    return torch.cat(rows, 1) / determinant
+    g = g - l1 * r
+    b = (b - l2 * r - l3 * g) / d3
+    g = g / d2 - l3 * b
+    return torch.cat([r / d1 - l1 * g - l2 * b, g, b], 1)
