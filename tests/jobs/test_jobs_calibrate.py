@@ -63,14 +63,14 @@ def test_the_recipe_itself_is_tried_first(name):
 
 @pytest.fixture
 def found(trained, photos, monkeypatch):
-    """A function of settings that calibrates on three pictures, among the given candidates, however unsure it is."""
+    """A function of settings that calibrates among the given candidates, on three pictures and however unsure it is."""
     loaded = inputs.open_model(str(trained))
     val = cw.open_data(photos).splits["val"]
 
-    def call(recipe, tried, sure=1.0, **more):
+    def call(recipe, tried, sure=1.0, count=3, **more):
         monkeypatch.setattr(calibrate, "candidates", lambda recipe: iter(tried))
         monkeypatch.setattr(calibrate, "SURE", sure)
-        settings = config(trained, 3, **more)
+        settings = config(trained, count, **more)
         layers = settings.layers.split(",") if settings.layers else []
         with Progress(quiet=True) as progress:
             return calibrated(settings, recipe, layers, loaded, val, CPU, progress)
@@ -117,6 +117,17 @@ def test_on_three_masks_nothing_is_sure(found, trained, photos):
     assert not about["changed"]
     assert about["p_value"] >= 1 / 8
     assert about["mean_iou"] == about["mean_iou_uncalibrated"] == pytest.approx(score(worse, trained, photos))
+
+
+def test_what_is_better_on_all_of_five_masks_is_sure(found):
+    next_to_nothing = Recipe("saliency", threshold="percentile:99.5")
+    tried = [next_to_nothing, replace(next_to_nothing, threshold="percentile:30")]
+    assert calibrate.SURE == 0.05
+    recipe, _, _, about = found(next_to_nothing, tried, sure=0.05, count=5)
+    assert recipe == tried[1]
+    assert about["changed"]
+    assert about["p_value"] == 1 / 32
+    assert about["mean_iou"] > about["mean_iou_uncalibrated"]
 
 
 def test_of_equals_the_recipe_itself_is_kept(found):

@@ -290,16 +290,38 @@ def test_one_way_against_another_is_the_sign_flip_test():
     assert surely_best(scores, level=p - 1e-6)[0] == 0
 
 
-def test_of_several_ways_the_largest_gain_counts_against_all_of_them():
+def test_of_several_ways_the_clearest_gain_counts_against_all_of_them():
     scores = torch.rand(6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scores[0] -= 0.3  # most are better, by chance or not
     gains = scores[1:] - scores[0]
     flips = torch.tensor(list(itertools.product((1.0, -1.0), repeat=7)), dtype=torch.float64)
-    largest = (flips[:, None] * gains).mean(2).amax(1)
+    flipped = flips[:, None] * gains
+    clear = (flipped.sum(2) / flipped.square().sum(2).sqrt()).amax(1)
+    own = gains.sum(1) / gains.square().sum(1).sqrt()
+    expected = [float((clear >= one - 1e-12).double().mean()) for one in own]
     best, p = surely_best(scores, level=1.0)
     assert best == 1 + int(gains.mean(1).argmax())
-    assert p == pytest.approx(float((largest >= largest[0] - 1e-12).double().mean()))
+    assert p == pytest.approx(expected[best - 1])
     assert p > surely_best(scores[[0, best]], level=1.0)[1]  # alone it would look surer
+    assert surely_best(scores, level=1e-3) == (0, pytest.approx(min(expected)))
+
+
+def test_a_way_that_is_far_worse_does_not_drown_a_steady_gain():
+    base = torch.linspace(0.6, 0.9, 25)
+    noise = 0.01 * torch.randn(25, generator=torch.Generator().manual_seed(0))
+    best, p = surely_best(torch.stack([base, 0 * base, base + 0.05 + noise, base - 0.5 - noise]))
+    assert best == 2
+    assert p < 1e-3
+    rows = [[0.5, 0.6, 0.4, 0.5, 0.6, 0.5], [0.6, 0.7, 0.6, 0.7, 0.7, 0.6], [0.9, 0.9, 0.1, 0.1, 0.2, 0.1]]
+    assert surely_best(rows) == (1, 0.03125)
+
+
+def test_blocks_of_flips_are_all_flips(monkeypatch):
+    scores = torch.rand(3, 12, generator=torch.Generator().manual_seed(1))
+    whole = surely_best(scores, level=1.0)
+    assert 0 < whole[1] < 1
+    monkeypatch.setattr(overlap, "FLIPS", 1000)  # 83 of 4,096 at a time
+    assert surely_best(scores, level=1.0) == whole
 
 
 def test_ways_that_are_no_better_are_seldom_chosen():
@@ -319,6 +341,7 @@ def test_a_steady_gain_is_chosen_and_a_worse_or_equal_way_is_not():
     assert best == 2
     assert p < 0.01
     assert surely_best(torch.stack([base, base - 0.05, base])) == (0, 1.0)
+    assert surely_best(torch.stack([base, base]), level=1.0) == (0, 1.0)
     assert surely_best(base[None]) == (0, 1.0)
     assert surely_best(torch.stack([base[:4], base[:4] + 0.5])) == (0, 1 / 16)
 

@@ -91,7 +91,8 @@ def segmentation(run: Run, parts: list[Part], seen: Seen | None, config: ReportC
         result["n"],
         pipelines(parts),
         masks_used_for_calibration=first.calibration,
-        chosen="the threshold" if first.way == "decoder" else "method, layers and threshold",
+        chosen=("the threshold" if first.way == "decoder" else "method, layers and threshold")
+        + ("" if result["threshold"].get("chosen_on", {}).get("changed", True) else ", and nothing was surely better"),
         threshold=threshold_words(result["threshold"]),
         per_image=tuple(first.per_image.values()),
         gallery=outlined(first, samples, evenly(ranked, config.most)),
