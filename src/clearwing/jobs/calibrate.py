@@ -55,7 +55,8 @@ def calibrated(
     it, if it is surely better than the uncalibrated one (see `surely_best`), else that one; and what was tried.
     Pictures and masks that cannot be used are told and passed over."""
     keys = held_out(config, samples)
-    pictures = inputs.load_for(loaded, tuple(sample for sample in samples if sample.key in keys), None, progress)
+    drawn = tuple(sample for sample in samples if sample.key in keys)
+    pictures, fine = inputs.load_with_fine(loaded, drawn, recipe.side(loaded.size), progress)
     unread = inputs.told_skipped(pictures, progress)
     found, unfit = inputs.read_truths(pictures, progress)
     usable = [i for i, truth in enumerate(found) if truth is not None]
@@ -63,15 +64,13 @@ def calibrated(
     if not truths:
         mend = "none of the masks drawn for it fits its picture; mend them, or give a larger number"
         raise ClearwingError("--calibrate", config.calibrate, mend, exit_code=1)
-    pictures = pictures.subset(usable)
+    pictures, fine = pictures.subset(usable), fine.subset(usable)
     about: dict[str, Any] = {"masks": len(truths)}
     if unread or unfit:
         about["unusable"] = unread + unfit
 
     def blocks() -> Iterator[Batch]:
         return pictures.batches(config.batch_size, device=device)
-
-    fine = inputs.load_for(replace(loaded, size=recipe.side(loaded.size)), pictures.samples, None, progress)
 
     if config.pipeline == "decoder" and loaded.run is not None:
         masker = DecoderMasker(loaded.run.load_segmenter().to(device), make_fabric(config.device).autocast)

@@ -193,8 +193,8 @@ def export_onnx(
     """Write a network (a Classifier, a Segmenter, or any that maps pictures to logits) as one ONNX file, and try it.
 
     The file takes any number of pictures "images" of the size of these, and gives "logits", and of a Segmenter
-    "masks", probabilities. It has its name, or replaces a file of that name, only after onnxruntime (on the CPU)
-    agreed with torch about these pictures. The module is left as it is; the file holds its weights in float32.
+    "masks", probabilities of that size. It has its name, or replaces a file of that name, only after onnxruntime (on
+    the CPU) agreed with torch about these pictures. The module is left as it is; the file holds its weights in float32.
 
     images: (N, C, H, W) in [0, 1].
     about: the file's metadata.
