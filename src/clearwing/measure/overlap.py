@@ -194,7 +194,7 @@ def surely_best(
     every = N < 60 and n >= 2**N
     generator = torch.Generator().manual_seed(seed)
     count, rows = 2**N if every else n, max(1, FLIPS // N)
-    as_clear = torch.zeros(len(gains))
+    as_clear = torch.zeros(len(gains), dtype=torch.float64)
     for start in range(0, count, rows):
         some = torch.arange(start, min(start + rows, count))
         if every:
