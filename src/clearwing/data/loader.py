@@ -320,22 +320,27 @@ def load_sizes(
             pool.shutdown(cancel_futures=True)
     if len(skipped) == len(samples) and not empty:
         raise ClearwingError("pictures", samples[0].key, f"none of {len(samples)} can be read: {skipped[0]}")
+    found = {shape: _kept(samples, pixels[shape], geometry[shape], skipped) for shape in shapes}
+    return tuple(found[square(size)] for size in sizes)
+
+
+def _kept(
+    samples: Sequence[Sample], pixels: Tensor, geometry: Sequence[Geometry | None], skipped: dict[int, str]
+) -> Pictures:
+    """Those that could be read, of pixels (N, H, W, C), whose gaps are closed in place: they may be larger than the
+    memory."""
     kept = [i for i in range(len(samples)) if i not in skipped]
+    for place, i in enumerate(kept[min(skipped) :] if skipped else (), start=min(skipped, default=0)):
+        pixels[place] = pixels[i]
     labels = [samples[i].label for i in kept]
     known = [label for label in labels if label is not None]
-    found: dict[tuple[int, int], Pictures] = {}
-    for shape in shapes:
-        own = pixels[shape]
-        for place, i in enumerate(kept[min(skipped) :] if skipped else (), start=min(skipped, default=0)):
-            own[place] = own[i]  # close the gaps in place: the cache may be larger than the memory
-        found[shape] = Pictures(
-            own[: len(kept)].permute(0, 3, 1, 2),
-            torch.tensor(known, dtype=torch.int64) if len(known) == len(labels) else None,
-            tuple(samples[i] for i in kept),
-            tuple(place for place in geometry[shape] if place is not None),
-            tuple((samples[i].key, skipped[i]) for i in sorted(skipped)),
-        )
-    return tuple(found[square(size)] for size in sizes)
+    return Pictures(
+        pixels[: len(kept)].permute(0, 3, 1, 2),
+        torch.tensor(known, dtype=torch.int64) if len(known) == len(labels) else None,
+        tuple(samples[i] for i in kept),
+        tuple(place for place in geometry if place is not None),
+        tuple((samples[i].key, skipped[i]) for i in sorted(skipped)),
+    )
 
 
 def cores() -> int:
