@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clearwing.attribution.methods import METHODS
 from clearwing.config import SegmentConfig
@@ -74,37 +74,59 @@ def calibrated(
 
     if config.pipeline == "decoder" and loaded.run is not None:
         masker = DecoderMasker(loaded.run.load_segmenter().to(device), make_fabric(config.device).autocast)
-        # before small pieces and holes are mended, which goes by the threshold
         pairs = zip(blocks(), fine.batches(config.batch_size, device=device), strict=True)
-        shares = [share for pair in pairs for share in restore(masker.shares(*pair)[0].cpu(), pair[1].geometry)]
-        curve = threshold_curve(shares, truths, bins=100)
-        cuts = [0.5, *(cut for cut in curve.thresholds.tolist() if cut != 0.5)]
-        scores = torch.stack([curve.at(cut) for cut in cuts])
-        best, p = surely_best(scores, SURE)
-        return recipe, list(layers), cuts[best], about | told_choice(scores, best, p)
-    finer = next(fine.batches(len(fine)))
-    one_picture = next(pictures.subset(1).batches(1, device=device)).images
+        cuts, scores = scored_cuts(masker, pairs, truths)
+        ways = [(recipe, list(layers), cut) for cut in cuts]
+    else:
+        named, finer = list(layers) if config.layers else [], next(fine.batches(len(fine)))
+        tried, scores = scored_recipes(loaded.model, recipe, named, blocks, finer, truths, progress)
+        ways = [(one, at, 0.5) for one, at in tried]
+    best, p = surely_best(scores, SURE)
+    return *ways[best], about | told_choice(scores, best, p)
+
+
+def scored_cuts(
+    masker: DecoderMasker, pairs: Iterable[tuple[Batch, Batch]], truths: Sequence[Tensor]
+) -> tuple[list[float], Tensor]:
+    """Thresholds of a decoder's probability, 0.5 first, and the IoU of each picture at each of them, (M, N): before
+    small pieces and holes are mended, which goes by the threshold."""
+    shares = [share for pair in pairs for share in restore(masker.shares(*pair)[0].cpu(), pair[1].geometry)]
+    curve = threshold_curve(shares, truths, bins=100)
+    cuts = [0.5, *(cut for cut in curve.thresholds.tolist() if cut != 0.5)]
+    return cuts, torch.stack([curve.at(cut) for cut in cuts])
+
+
+def scored_recipes(
+    model: nn.Module,
+    recipe: Recipe,
+    named: list[str],
+    blocks: Callable[[], Iterator[Batch]],
+    finer: Batch,
+    truths: Sequence[Tensor],
+    progress: Progress,
+) -> tuple[list[tuple[Recipe, list[str]]], Tensor]:
+    """The candidates with their layers (those that are named, if any), and the IoU of each picture with each of them,
+    (M, N). Maps that several of them ask for are made once."""
+    one_picture = next(blocks()).images[:1]
     tried: list[tuple[Recipe, list[str]]] = []
     scored: list[Tensor] = []
     told, options = progress.task("calibrating"), list(candidates(recipe))
     made: dict[tuple[str, int], list[Tensor]] = {}
     for number, one in enumerate(options):
         if METHODS[one.method].needs_layer:
-            at = list(layers) if config.layers else stages(loaded.model, one_picture, one.layers)
-            weights = recipe.weights if config.layers else one.weights[-len(at) :]
+            at = named or stages(model, one_picture, one.layers)
+            weights = recipe.weights if named else one.weights[-len(at) :]
             one = replace(one, layers=len(at), weights=weights)
         else:
             at = []
         if (one.method, len(at)) not in made:
-            shown = [explained(loaded.model, one, block, at) for block in blocks()]
+            shown = [explained(model, one, block, at) for block in blocks()]
             made[one.method, len(at)] = [torch.cat([x[name].maps[:, 0].cpu() for x in shown]) for name in shown[0]]
         masks = segment_with(one, made[one.method, len(at)], finer).masks
         tried.append((one, at))
         scored.append(iou(restore(masks.cpu(), finer.geometry), truths))
         told(number + 1, len(options))
-    scores = torch.stack(scored)
-    best, p = surely_best(scores, SURE)
-    return *tried[best], 0.5, about | told_choice(scores, best, p)
+    return tried, torch.stack(scored)
 
 
 def told_choice(scores: Tensor, best: int, p: float) -> dict[str, Any]:
