@@ -12,8 +12,8 @@ on runs on drawn pictures; on photographs it only reports.
 --twin: the ceiling. The decoder is taught by the drawn masks of one half of the split and scored on the other, and the
 other way round; beside it stands the same decoder taught by as many training pictures with masks from the network.
 
---speed: one batch through the classifier alone, through classifier and decoder, and through either pipeline to masks at
-the network's size (decoder) or as fine as they are refined; nothing is read or written. RUN must have a decoder.
+--speed: one batch through the classifier alone, through classifier and decoder, and through either pipeline to masks of
+the size that pictures are refined at; nothing is read or written. RUN must have a decoder.
 """
 
 from __future__ import annotations

@@ -359,8 +359,8 @@ class SegmentConfig(Source):
     cutouts: bool = False
     """Also write the objects alone, transparent elsewhere, into OUT/cutouts."""
     calibrate: int = 0
-    """Choose method and threshold (leave these out) on so many of the true masks, and score the others; 0: no mask is
-    looked at."""
+    """Choose method and threshold (leave these out) on so many of the true masks, where others than the defaults are
+    surely better, and score the rest of the masks; 0: no mask is looked at."""
     retrain: bool = False
     """Train the decoder anew."""
     method: str | None = None
