@@ -236,7 +236,7 @@ def taught(trained, tmp_path):
 
     run = Run.load(shutil.copytree(trained, tmp_path / "copy"))
     torch.manual_seed(3)
-    segmenter = Segmenter(run.load_model(), Decoder((4, 8), width=5, context=1), ["layer1", "layer3"])
+    segmenter = Segmenter(run.load_model(), Decoder((5, 10), width=5, context=1), ["layer1", "layer3"], "fc")
     for value in segmenter.decoder.state_dict().values():
         if value.is_floating_point():
             value.uniform_(0.5, 1.5)  # what batch norm keeps, too
@@ -249,8 +249,8 @@ def test_a_decoder_comes_back(taught):
     again = Run.load(run.path)
     assert again.decoder_about() == {"pictures": 9, "course": {"lr": 0.1}, "nan": None}
     loaded = again.load_segmenter()
-    assert loaded.layers == ("layer1", "layer3")
-    assert (loaded.decoder.channels, loaded.decoder.width, loaded.decoder.context) == ((4, 8), 5, 1)
+    assert (loaded.layers, loaded.head) == (("layer1", "layer3"), "fc")
+    assert (loaded.decoder.channels, loaded.decoder.width, loaded.decoder.context) == ((5, 10), 5, 1)
     assert not any(part.training for part in loaded.modules())
     assert same(loaded.decoder.state_dict(), segmenter.decoder.state_dict())
     images = torch.rand(2, 3, 32, 32)

@@ -143,7 +143,8 @@ class Run:
     def save_decoder(self, segmenter: Segmenter, about: Mapping[str, Any]) -> None:
         """Write the decoder alone, with `about` (plain values: what it was taught, by which weights)."""
         held = {name: value.detach().cpu().contiguous() for name, value in segmenter.decoder.state_dict().items()}
-        made = {"layers": segmenter.layers} | {k: getattr(segmenter.decoder, k) for k in _DECODER_MADE}
+        made = {k: getattr(segmenter.decoder, k) for k in _DECODER_MADE}
+        made |= {"layers": segmenter.layers, "head": segmenter.head}
         with atomic_path(self.file(DECODER)) as temporary:
             temporary.write_bytes(save(held, metadata={"made": json.dumps(made), "about": json.dumps(plain(about))}))
 
@@ -166,7 +167,7 @@ class Run:
             decoder.load_state_dict(load_file(path))
         except (SafetensorError, RuntimeError) as error:
             raise ClearwingError("run", path, f"does not fit what it says of itself ({error}); delete it") from error
-        segmenter = Segmenter(self.load_model(weights), decoder, made["layers"])
+        segmenter = Segmenter(self.load_model(weights), decoder, made["layers"], made.get("head"))
         return segmenter.to(memory_format=torch.channels_last).eval()
 
     def _decoder_metadata(self, key: str) -> dict[str, Any]:

@@ -150,10 +150,21 @@ def test_a_decoder_learns_the_masks_it_is_taught(lesson, progress):
     assert all(torch.equal(value, start[name]) for name, value in untrained.state_dict().items())
     assert not any(part.training for part in segmenter.modules())
     assert segmenter.decoder.width == 12
-    assert segmenter.decoder.channels == (8, 12, 16)
+    assert (segmenter.head, segmenter.decoder.channels) == ("fc", (9, 13, 18))  # with the evidence of the class
     everything = float(cw.iou(torch.ones_like(masks.byte()), masks.byte()).mean())
     assert mean_iou(segmenter, pictures, masks) > max(0.5, everything + 0.2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_of_a_network_with_another_head_the_features_have_to_do(lesson, progress):
+    _, pictures, masks = lesson
+    torch.manual_seed(0)
+    model = cw.build("resnet8", 3, widths=(8, 12, 16)).eval()
+    model.backbone.fc = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    new = new_decoder(model, pictures, CPU, SHORT.width)
+    assert (new.head, new.decoder.channels) == (None, (8, 12, 16))
+    taught = with_masks(pictures, masks.float(), torch.ones(len(masks)))
+    trained_decoder(new, taught, make_fabric("cpu", "float32"), replace(SHORT, steps=1), progress)
 
 
 def test_what_has_no_weight_teaches_nothing(lesson, progress):

@@ -54,7 +54,7 @@ def with_decoder(tmp_path_factory, trained):
     torch.manual_seed(0)
     layers = ["layer1", "layer2", "layer3"]
     held.save_decoder(
-        Segmenter(held.model, Decoder((4, 8, 8), width=8), layers),
+        Segmenter(held.model, Decoder((5, 9, 10), width=8), layers, "fc"),
         {"weights_sha256": inputs.weights_hash(held), "rounds": [{}]},
     )
     return copy

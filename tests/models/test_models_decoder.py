@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from clearwing.models.decoder import WIDEST, Decoder, Segmenter
+from clearwing.models.evidence import with_evidence
 from clearwing.models.guided import guided_filter
 from clearwing.models.zoo import build
 from clearwing.types import ClearwingError
@@ -29,6 +30,13 @@ def model():
 def segmenter(model):
     torch.manual_seed(1)
     return Segmenter(model, Decoder((4, 6, 8), width=5), LAYERS).eval()
+
+
+@pytest.fixture
+def evident(model):
+    """One whose decoder also takes where the features see the class."""
+    torch.manual_seed(1)
+    return Segmenter(model, Decoder((5, 7, 10), width=5), LAYERS, "fc").eval()
 
 
 def pictures(n=3, size=24, seed=0):
@@ -135,13 +143,29 @@ def test_wrong_settings_are_refused(arguments, message):
 
 
 @pytest.mark.parametrize("size", [24, 27])  # and one that no stride divides
-def test_the_logits_are_exactly_the_classifiers_and_the_mask_has_the_pictures_size(model, segmenter, size):
-    images = pictures(size=size)
+@pytest.mark.parametrize("which", ["segmenter", "evident"])
+def test_the_logits_are_exactly_the_classifiers_and_the_mask_has_the_pictures_size(request, model, which, size):
+    images, segmenter = pictures(size=size), request.getfixturevalue(which)
     with torch.no_grad():
         expected = model(images)
         logits, masks = segmenter(images)
     assert torch.equal(logits, expected)
     assert masks.shape == (3, size, size)
+
+
+def test_with_a_head_the_decoder_takes_the_evidence_of_the_predicted_class(model, evident):
+    images = pictures()
+    with torch.no_grad():
+        model.backbone.fc.bias.sub_(model(images).mean(0))  # so that the pictures are of several classes
+        logits, found = evident.features(images)
+        plain = Segmenter(model, Decoder((4, 6, 8)), LAYERS).eval().features(images)[1]
+        expected = with_evidence(plain, model.backbone.fc.weight[logits.argmax(1)])
+        assert len(logits.argmax(1).unique()) > 1
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        before = evident(images)[1]
+        model.backbone.fc.weight.neg_()  # the parameter itself is read, in every pass
+        assert not torch.equal(evident(images)[1], before)
+    assert not [name for name in evident.state_dict() if not name.startswith(("model.", "decoder."))]
 
 
 def test_layers_may_be_named_as_the_classifier_or_its_backbone_knows_them(model, segmenter):
@@ -155,10 +179,13 @@ def test_a_layer_that_is_not_there_is_refused(model):
         Segmenter(model, Decoder((4, 8)), ["layer1", "layer9"])
     with pytest.raises(ClearwingError, match=r"layers: \('layer1',\); the decoder takes 2"):
         Segmenter(model, Decoder((4, 8)), ["layer1"])
+    with pytest.raises(ClearwingError, match="head: classifier; the classifier has no such module"):
+        Segmenter(model, Decoder((4,)), ["layer1"], "classifier")
 
 
-def test_a_batch_equals_one_by_one(segmenter):
-    segmenter.double()
+@pytest.mark.parametrize("which", ["segmenter", "evident"])
+def test_a_batch_equals_one_by_one(request, which):
+    segmenter = request.getfixturevalue(which).double()
     images = pictures().double()
     with torch.inference_mode():
         logits, masks = segmenter(images)
@@ -231,7 +258,9 @@ def test_a_training_classifier_is_set_to_evaluation(model):
     assert segmenter.training
 
 
-def test_a_deep_copy_stands_alone(segmenter):
+@pytest.mark.parametrize("which", ["segmenter", "evident"])
+def test_a_deep_copy_stands_alone(request, which):
+    segmenter = request.getfixturevalue(which)
     twin = copy.deepcopy(segmenter)
     with torch.no_grad():
         expected = segmenter(pictures())

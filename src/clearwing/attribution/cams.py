@@ -81,9 +81,15 @@ def cam(trace: Trace, scores: Tensor, layer: str) -> Tensor:
 
 
 def linear_head(trace: Trace, layer: str) -> tuple[Tensor, Tensor]:
-    """The weight (K, C) and bias (K,) with which logits = mean_ij A_ij weight^T + bias on this very pass.
+    """The weight (K, C) and bias (K,) with which logits = mean_ij A_ij weight^T + bias on this very pass; see
+    `named_head`."""
+    return named_head(trace, layer)[1:]
 
-    They are those of the last nn.Linear or 1x1 nn.Conv2d of the model for which that holds up to the rounding of the
+
+def named_head(trace: Trace, layer: str) -> tuple[str, Tensor, Tensor]:
+    """The name, weight (K, C) and bias (K,) of the module with which logits = mean_ij A_ij weight^T + bias.
+
+    It is the last nn.Linear or 1x1 nn.Conv2d of the model for which that holds up to the rounding of the
     arithmetic in use. Of a head with one logit z that was made the two logits (-z/2, z/2), they are of these two.
     Raises ClearwingError where no module does.
     """
@@ -94,6 +100,7 @@ def linear_head(trace: Trace, layer: str) -> tuple[Tensor, Tensor]:
     for module in reversed(list(trace.model.modules())):
         if not isinstance(module, nn.Linear | nn.Conv2d) or module.weight[0].numel() != pooled.shape[1]:
             continue
+        (name,) = named_layers(trace.model, module)
         weight = module.weight.detach().flatten(1).to(A)  # (K, C)
         bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach().to(A)
         if len(weight) == 1 and K == 2:
@@ -103,8 +110,7 @@ def linear_head(trace: Trace, layer: str) -> tuple[Tensor, Tensor]:
         error = (pooled @ weight.T + bias - logits).abs()
         allowed = rounding * (A.abs().mean((2, 3)) @ weight.abs().T + bias.abs())
         if not (error > allowed).any():  # so that a picture that is not finite does not refuse the others
-            return weight, bias
-        (name,) = named_layers(trace.model, module)
+            return name, weight, bias
         missed = missed or f"its mean over space through {name} misses the logits by {error.nan_to_num().max():.2g}"
     what = missed or f"no linear module takes its {pooled.shape[1]} channels to the {K} logits"
     mend = "cam needs mean pooling and a linear head right after the layer; ask for grad-cam"

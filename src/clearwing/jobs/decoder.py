@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from clearwing.attribution.cams import named_head
 from clearwing.attribution.methods import explain
 from clearwing.attribution.trace import record
 from clearwing.data.augment import seed_of
@@ -22,6 +24,7 @@ from clearwing.jobs.progress import Progress, TrainingBar
 from clearwing.masks.pipeline import RECIPES, VOTERS, resized, segment_with, vote
 from clearwing.masks.refine import clean, grabcut, likely_seeds
 from clearwing.models.decoder import Decoder, Segmenter
+from clearwing.models.evidence import with_evidence
 from clearwing.run import Run
 from clearwing.train.devices import is_child, make_fabric
 from clearwing.train.ema import EMA
@@ -132,12 +135,17 @@ def new_decoder(model: nn.Module, pictures: Pictures, device: torch.device, widt
     """An untrained decoder on the classifier's features of such pictures, deep enough to see the whole of them."""
     one = next(iter(pictures.subset(1).batches(1, device=device))).images
     layers = stages(model, one, LEVELS)
-    features = record(model, one, layers, inputs=False).features
-    context = max(0, round(math.log2(max(features[layers[-1]].shape[2:]) / COARSEST)))
+    trace = record(model, one, layers, inputs=False)
+    features = [trace.features[layer] for layer in layers]
+    head = None
+    with suppress(ClearwingError):  # another head: the features alone have to do
+        head, weight, _ = named_head(trace, layers[-1])
+        features = with_evidence(features, weight[trace.logits.argmax(1)].float())
+    context = max(0, round(math.log2(max(features[-1].shape[2:]) / COARSEST)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        decoder = Decoder([features[layer].shape[1] for layer in layers], width, context)
-    return Segmenter(model, decoder, layers).to(device).to(memory_format=torch.channels_last)
+        decoder = Decoder([x.shape[1] for x in features], width, context)
+    return Segmenter(model, decoder, layers, head).to(device).to(memory_format=torch.channels_last)
 
 
 def votes(

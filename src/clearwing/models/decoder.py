@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clearwing.models.evidence import with_evidence
 from clearwing.models.guided import guided_filter
 from clearwing.types import ClearwingError
 
@@ -74,6 +75,8 @@ class Segmenter(nn.Module):
     """A classifier and a decoder on its features: one pass gives logits (N, K) and mask logits (N, H, W).
 
     layers: the modules of the classifier whose outputs (N, C, h, w) the decoder takes, fine to coarse.
+    head: the linear module that takes the mean of the last layer to the logits, if there is one; with it, the decoder
+        also takes where they see the predicted class (`with_evidence`).
     The mask is where the second is not below 0; it has the size of the pictures, whose edges it follows: the decoder's
     probability goes through `guided_filter`. Where the same pictures are given in a finer size as well, (N, C, H', W'),
     it follows the edges of those and has their size. The classifier is not trained: it stays in evaluation mode, its
@@ -86,17 +89,13 @@ class Segmenter(nn.Module):
     Raises ClearwingError for a layer that the classifier does not have, and for fine pictures that are others.
     """
 
-    def __init__(self, model: nn.Module, decoder: Decoder, layers: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, decoder: Decoder, layers: Sequence[str], head: str | None = None) -> None:
         super().__init__()
-        self.model, self.decoder, self.layers = model, decoder, tuple(layers)
-        inner = dict(model.named_modules())
-        names = [name if name in inner else f"backbone.{name}" for name in self.layers]
-        for layer, name in zip(self.layers, names, strict=True):
-            if name not in inner:
-                raise ClearwingError("layers", layer, "the classifier has no such module")
+        self.model, self.decoder, self.layers, self.head = model, decoder, tuple(layers), head
         if len(self.layers) != len(decoder.channels):
             raise ClearwingError("layers", self.layers, f"the decoder takes {len(decoder.channels)}")
-        self._modules_of_layers = [inner[name] for name in names]
+        self._modules_of_layers = [model.get_submodule(_inside(model, name, "layers")) for name in self.layers]
+        self._weight_of_head = None if head is None else _inside(model, head, "head") + ".weight"
         self.model.requires_grad_(False)
         self.train(self.training)
 
@@ -109,7 +108,11 @@ class Segmenter(nn.Module):
         """The classifier's logits (N, K), and what the decoder takes, fine to coarse."""
         with _outputs_of(self._modules_of_layers) as found:
             logits = self.model(images)
-        return logits, [found[module] for module in self._modules_of_layers]
+        features = [found[module] for module in self._modules_of_layers]
+        if self._weight_of_head is not None:
+            weight = self.model.get_parameter(self._weight_of_head).flatten(1)
+            features = with_evidence(features, weight[logits.argmax(1)])
+        return logits, features
 
     def forward(self, images: Tensor, fine: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if fine is not None and fine.shape[:2] != images.shape[:2]:
@@ -134,6 +137,15 @@ def _outputs_of(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, Tensor
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _inside(model: nn.Module, name: str, argument: str) -> str:
+    """The full name of the module of this name, or of this name in the backbone."""
+    inner = dict(model.named_modules())
+    for known in (name, f"backbone.{name}"):
+        if known in inner:
+            return known
+    raise ClearwingError(argument, name, "the classifier has no such module")
 
 
 def _unit(channels: int, width: int, side: int, stride: int = 1) -> nn.Sequential:
