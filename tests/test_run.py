@@ -223,7 +223,10 @@ def test_a_time_budget_survives_a_kill(photos, tmp_path):
 
     first = train(settings(photos, tmp_path / "run", time_budget="40s"), clock=Clock())
     again = train(settings(photos, tmp_path / "run", time_budget="40s", resume=True), clock=Clock())
-    assert again["json"]["steps"] == first["json"]["steps"]  # its time was used already
+    # Its time was used already. The bar asks the clock as well, as often as it is drawn: so the last step may be on
+    # either side of the end.
+    assert again["json"]["steps"] - first["json"]["steps"] in (0, 1)
+    assert first["json"]["steps"] > 5
 
 
 # The decoder of a run.
