@@ -263,6 +263,28 @@ def test_a_decoder_comes_back(taught):
     assert not list(run.path.rglob("*.part"))
 
 
+def test_a_decoder_of_features_alone_comes_back(taught):
+    """And one of before there was a head, whose file names none."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from clearwing.models.decoder import Decoder, Segmenter
+
+    run, _ = taught
+    run.save_decoder(Segmenter(run.load_model(), Decoder((4, 8), width=5), ["layer1", "layer3"]), {})
+    path = run.file("decoder.safetensors")
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+    made = json.loads(metadata["made"])
+    assert made.pop("head") is None
+    first = run.load_segmenter()
+    save_file(load_file(path), path, metadata | {"made": json.dumps(made)})
+    second = run.load_segmenter()
+    assert (first.head, second.head) == (None, None)
+    with torch.inference_mode():
+        assert torch.equal(first(torch.ones(1, 3, 32, 32))[1], second(torch.ones(1, 3, 32, 32))[1])
+
+
 def test_loading_a_decoder_leaves_the_random_numbers_alone(taught):
     torch.manual_seed(5)
     expected = torch.rand(3)

@@ -162,9 +162,11 @@ def test_with_a_head_the_decoder_takes_the_evidence_of_the_predicted_class(model
         expected = with_evidence(plain, model.backbone.fc.weight[logits.argmax(1)])
         assert len(logits.argmax(1).unique()) > 1
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-        before = evident(images)[1]
-        model.backbone.fc.weight.neg_()  # the parameter itself is read, in every pass
-        assert not torch.equal(evident(images)[1], before)
+        model.backbone.fc.weight[logits.argmax(1).unique()] *= torch.linspace(-1, 1, 8)  # what is read is as it is now
+        changed, found = evident.features(images)
+        again = with_evidence(plain, model.backbone.fc.weight[changed.argmax(1)])
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        assert not torch.equal(again[2], expected[2])
     assert not [name for name in evident.state_dict() if not name.startswith(("model.", "decoder."))]
 
 
@@ -181,6 +183,45 @@ def test_a_layer_that_is_not_there_is_refused(model):
         Segmenter(model, Decoder((4, 8)), ["layer1"])
     with pytest.raises(ClearwingError, match="head: classifier; the classifier has no such module"):
         Segmenter(model, Decoder((4,)), ["layer1"], "classifier")
+    for name in ("layer1", "bn1", "conv1"):
+        with pytest.raises(ClearwingError, match=f"head: {name}; give a linear module, or a 1x1 convolution"):
+            Segmenter(model, Decoder((5, 10)), ["layer1", "layer3"], name)
+    mend = "head: fc, of 8 channels; the decoder takes the mean of 6 channels from it, and two maps"
+    with pytest.raises(ClearwingError, match=mend):
+        Segmenter(model, Decoder((5, 8)), ["layer1", "layer3"], "fc")
+
+
+class OneLogit(nn.Module):
+    """The two classes of one logit z: (-z/2, z/2)."""
+
+    def __init__(self, bias):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 1, 1)
+        nn.init.constant_(self.head.bias, bias)
+
+    def forward(self, images):
+        z = self.head(self.conv(images).mean((2, 3), keepdim=True)).flatten(1)
+        return torch.cat([-z, z], 1) / 2
+
+
+@pytest.mark.parametrize(("bias", "sign"), [(-50, -1), (50, 1)])
+def test_a_head_of_one_logit_speaks_for_both_classes(bias, sign):
+    torch.manual_seed(0)
+    network = OneLogit(bias).eval()
+    segmenter = Segmenter(network, Decoder((8,), 4), ["conv"], "head").eval()
+    with torch.no_grad():
+        logits, (found,) = segmenter.features(pictures())
+        rows = sign * network.head.weight.flatten(1).expand(3, -1) / 2
+        (expected,) = with_evidence([network.conv(pictures())], rows)
+    assert (logits.argmax(1) == (sign > 0)).all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_head_may_be_reparametrised(model, evident):
+    with torch.no_grad():
+        expected = evident(pictures())[1]
+        nn.utils.parametrizations.weight_norm(model.backbone.fc)
+        torch.testing.assert_close(evident(pictures())[1], expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("which", ["segmenter", "evident"])

@@ -30,7 +30,7 @@ def by_hand(x, seeds):
 
     inside, outside, middle = mean(lambda s: max(s, 0)), mean(lambda s: max(-s, 0)), mean(lambda s: 1.0)
     variance = sum((v - middle) ** 2 for v, _ in places) / len(places)
-    d = (inside - outside) / (variance + FLAT)
+    d = (inside - outside) / (variance + FLAT**2 * (1 + middle**2))
     along = torch.stack([d @ v for v, _ in places])
     d = d / ((along - along.mean()) ** 2).mean().sqrt()
     offset = d @ (inside + outside) / 2
@@ -56,22 +56,34 @@ def test_the_discriminant_finds_what_the_seeds_only_hint_at():
     assert ((found > 0) == inside).all()
 
 
-def test_opposite_seeds_give_the_opposite_and_a_shift_of_the_features_changes_nothing():
+def test_opposite_seeds_give_the_opposite_and_a_shift_of_the_features_changes_little():
     features, seeds = drawn(2, 5, 9, 7), drawn(2, 4, 3, seed=1)  # sizes that nothing divides
     found = discriminant(features, seeds)
     torch.testing.assert_close(discriminant(features, -seeds), -found, rtol=0, atol=1e-12)
     shifted = features + drawn(1, 5, 1, 1, seed=2)
-    torch.testing.assert_close(discriminant(shifted, seeds), found, rtol=0, atol=1e-10)
+    torch.testing.assert_close(discriminant(shifted, seeds), found, rtol=0, atol=5e-3)  # flat grows with the mean
     assert found.std() > 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_flat_says_nothing(dtype):
-    flat, seeds = torch.full((1, 4, 8, 8), 3.7, dtype=dtype), drawn(1, 4, 4, dtype=torch.float32)
-    assert discriminant(flat, seeds).abs().max() < 0.01
+@pytest.mark.parametrize("value", [0.0, 3.7, 37.3, 1000.3])
+def test_what_is_flat_says_nothing(dtype, value):
+    flat, seeds = torch.full((1, 512, 14, 14), value).to(dtype), drawn(1, 7, 7, dtype=torch.float32)
+    assert discriminant(flat, seeds).abs().max() < 0.02
     assert not discriminant(drawn(1, 4, 8, 8).to(dtype), torch.zeros(1, 4, 4)).any()
-    told = with_evidence([flat, flat[..., :1, :1]], torch.ones(1, 4))
-    assert all(not x[:, 4:].any() and x.dtype == dtype for x in told)
+    told = with_evidence([flat, flat[..., :1, :1]], torch.ones(1, 512))
+    assert all(not x[:, 512:].any() and x.dtype == dtype for x in told)
+
+
+def test_bfloat16_comes_near():
+    features = [drawn(2, 32, 16, 16).relu(), drawn(2, 64, 8, 8, seed=1).relu()]
+    rows = drawn(2, 64, seed=2)
+    rounded = [x.bfloat16() for x in features]
+    expected = with_evidence([x.double() for x in rounded], rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = with_evidence(rounded, rows.float())
+    for a, b, channels in zip(found, expected, (32, 64), strict=True):
+        assert (a[:, channels:].double() - b[:, channels:]).abs().max() < 0.1  # of a deviation of 1
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clearwing.attribution.cams import named_head
 from clearwing.attribution.methods import explain
+from clearwing.attribution.network import exact
 from clearwing.attribution.trace import record
 from clearwing.data.augment import seed_of
 from clearwing.data.loader import Pictures, epoch_order
@@ -81,6 +82,7 @@ def teach(run: Run, device: str, progress: Progress, anew: bool = False, *, cour
         "weights_sha256": inputs.weights_hash(run),
         "pictures": len(pictures),
         "masks_used": 0,
+        "takes": "features, and evidence where the head is linear",
         "course": vars(course),
     }
     kept, started = run.decoder_about(), None
@@ -110,6 +112,8 @@ def taught(
     model = model.to(fabric.device)
     segmenter, told = started or (new_decoder(model, pictures, fabric.device, course.width), [])
     segmenter = segmenter.to(fabric.device)
+    if segmenter.head is None:
+        progress.say("note: no linear head takes the mean of the last features; the decoder sees these, not the class")
     for count in range(len(told) + 1, course.rounds + 1):
         if count == 1:
             shares, agreement = votes(model, pictures, fine, fabric.device, progress)
@@ -135,11 +139,12 @@ def new_decoder(model: nn.Module, pictures: Pictures, device: torch.device, widt
     """An untrained decoder on the classifier's features of such pictures, deep enough to see the whole of them."""
     one = next(iter(pictures.subset(1).batches(1, device=device))).images
     layers = stages(model, one, LEVELS)
-    trace = record(model, one, layers, inputs=False)
-    features = [trace.features[layer] for layer in layers]
-    head = None
-    with suppress(ClearwingError):  # another head: the features alone have to do
+    with exact(device.type):
+        trace = record(model, one, layers, inputs=False)
+    features, head = [trace.features[layer] for layer in layers], None
+    with suppress(ClearwingError):  # of another head, the features alone have to do
         head, weight, _ = named_head(trace, layers[-1])
+    if head is not None:
         features = with_evidence(features, weight[trace.logits.argmax(1)].float())
     context = max(0, round(math.log2(max(features[-1].shape[2:]) / COARSEST)))
     with torch.random.fork_rng(devices=[]):

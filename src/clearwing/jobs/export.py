@@ -286,8 +286,9 @@ def compare(path: str | Path, exported: Exported, images: Tensor) -> Agreement:
     good = difference <= TOLERANCE and bool(near.all())  # NaN is not
     if len(found[0]) > 1:
         masks, truth = (torch.cat([answer[1] for answer in side]) for side in (found, expected))
-        apart = float((masks - truth).abs().max())
-        overlap = float(iou(masks >= 0.5, truth >= 0.5).min())
+        masks, truth = (side[chosen == best.indices] for side in (masks, truth))  # of a tie, each masks its own class
+        apart = float((masks - truth).abs().max()) if len(masks) else 0.0
+        overlap = float(iou(masks >= 0.5, truth >= 0.5).min()) if len(masks) else 1.0
         agreement = Agreement(len(images), difference, agreement.same_class, apart, overlap)
         good = good and apart <= TOLERANCE
     if not good:

@@ -76,17 +76,19 @@ class Segmenter(nn.Module):
 
     layers: the modules of the classifier whose outputs (N, C, h, w) the decoder takes, fine to coarse.
     head: the linear module that takes the mean of the last layer to the logits, if there is one; with it, the decoder
-        also takes where they see the predicted class (`with_evidence`).
+        takes channels more, in which the features say where the predicted class is (`with_evidence`): two of the last
+        layer, one of each other.
     The mask is where the second is not below 0; it has the size of the pictures, whose edges it follows: the decoder's
     probability goes through `guided_filter`. Where the same pictures are given in a finer size as well, (N, C, H', W'),
     it follows the edges of those and has their size. The classifier is not trained: it stays in evaluation mode, its
     parameters take no gradient, and it says what it would say alone.
 
-    >>> segmenter = Segmenter(model, Decoder((32, 64, 128)), ["layer1", "layer2", "layer3"])
+    >>> segmenter = Segmenter(model, Decoder((33, 65, 130)), ["layer1", "layer2", "layer3"], head="fc")
     >>> logits, masks = segmenter(images)
     >>> logits, masks = segmenter(images, fine)
 
-    Raises ClearwingError for a layer that the classifier does not have, and for fine pictures that are others.
+    Raises ClearwingError for a layer or head that the classifier does not have or the decoder does not fit, and for
+    fine pictures that are others.
     """
 
     def __init__(self, model: nn.Module, decoder: Decoder, layers: Sequence[str], head: str | None = None) -> None:
@@ -95,7 +97,10 @@ class Segmenter(nn.Module):
         if len(self.layers) != len(decoder.channels):
             raise ClearwingError("layers", self.layers, f"the decoder takes {len(decoder.channels)}")
         self._modules_of_layers = [model.get_submodule(_inside(model, name, "layers")) for name in self.layers]
-        self._weight_of_head = None if head is None else _inside(model, head, "head") + ".weight"
+        self._name_of_head = None if head is None else _inside(model, head, "head")
+        if head is not None and self._weight().shape[1] != decoder.channels[-1] - 2:
+            taken = f"the decoder takes the mean of {decoder.channels[-1] - 2} channels from it, and two maps"
+            raise ClearwingError("head", f"{head}, of {self._weight().shape[1]} channels", taken)
         self.model.requires_grad_(False)
         self.train(self.training)
 
@@ -109,10 +114,18 @@ class Segmenter(nn.Module):
         with _outputs_of(self._modules_of_layers) as found:
             logits = self.model(images)
         features = [found[module] for module in self._modules_of_layers]
-        if self._weight_of_head is not None:
-            weight = self.model.get_parameter(self._weight_of_head).flatten(1)
-            features = with_evidence(features, weight[logits.argmax(1)])
+        if self.head is not None:
+            features = with_evidence(features, self._weight()[logits.argmax(1)])
         return logits, features
+
+    def _weight(self) -> Tensor:
+        """Of the classifier's head, (K, C), as it is now; of one logit z that was made two, of (-z/2, z/2)."""
+        module = self.model.get_submodule(str(self._name_of_head))
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim < 2 or weight[0].numel() != weight.shape[1]:
+            raise ClearwingError("head", self.head, "give a linear module, or a 1x1 convolution")
+        weight = weight.flatten(1)
+        return torch.cat((-weight, weight)) / 2 if len(weight) == 1 else weight
 
     def forward(self, images: Tensor, fine: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if fine is not None and fine.shape[:2] != images.shape[:2]:

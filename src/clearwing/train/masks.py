@@ -59,7 +59,7 @@ class MaskAugment:
 class Lesson(Batch):
     """A batch for a decoder: its images end with the two channels of `with_masks`."""
 
-    features: tuple[Tensor, ...] = ()  # (N, C, h, w) each, of a classifier, fine to coarse
+    features: tuple[Tensor, ...] = ()  # (N, C, h, w) each, as `Segmenter.features` gives them, fine to coarse
 
 
 def lessons(
