@@ -16,6 +16,7 @@ from clearwing.jobs.decoder import (
     has_decoder,
     new_decoder,
     revised,
+    taught,
     teach,
     trained_decoder,
     votes,
@@ -157,14 +158,19 @@ def test_a_decoder_learns_the_masks_it_is_taught(lesson, progress):
 
 
 def test_of_a_network_with_another_head_the_features_have_to_do(lesson, progress):
-    _, pictures, masks = lesson
+    _, pictures, _ = lesson
     torch.manual_seed(0)
     model = cw.build("resnet8", 3, widths=(8, 12, 16)).eval()
     model.backbone.fc = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     new = new_decoder(model, pictures, CPU, SHORT.width)
     assert (new.head, new.decoder.channels) == (None, (8, 12, 16))
-    taught = with_masks(pictures, masks.float(), torch.ones(len(masks)))
-    trained_decoder(new, taught, make_fabric("cpu", "float32"), replace(SHORT, steps=1), progress)
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(progress, "say", said.append)
+        course, fabric = replace(SHORT, steps=1), make_fabric("cpu", "float32")
+        segmenter, _ = next(taught(model, pictures, pictures, fabric, course, progress))
+    assert said[0].startswith("note: no linear head takes the mean of the last features")
+    assert (segmenter.head, segmenter.decoder.channels) == (None, (8, 12, 16))
 
 
 def test_what_has_no_weight_teaches_nothing(lesson, progress):
