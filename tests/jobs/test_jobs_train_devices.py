@@ -48,7 +48,8 @@ def killed_in_the_third_epoch(config):
 def test_two_processes_killed_and_resumed_are_one_run_in_one_process(photos, tmp_path, capfd):
     alone, both = tmp_path / "alone", tmp_path / "both"
     assert main(["train", str(photos), "--out", str(alone), *words(OPTIONS), "--json"]) == 0
-    config = TrainConfig(data=str(photos), out=str(both), devices=2, json=True, **OPTIONS)
+    # Saved after every epoch, also where a busy disk makes saving slow: it would be passed over for a while.
+    config = TrainConfig(data=str(photos), out=str(both), devices=2, json=True, save_every="0.001s", **OPTIONS)
     capfd.readouterr()
     with pytest.raises(ClearwingError, match=r"rank 1 was killed by SIGKILL.*--resume"):
         in_processes(killed_in_the_third_epoch, config, devices=2)
