@@ -139,6 +139,19 @@ def test_a_run_with_a_decoder_gives_probabilities_of_foreground(capsys, with_dec
     assert export.with_decoder(loaded, "no") is loaded.model
 
 
+def test_masks_of_tied_classes_are_not_compared(monkeypatch):
+    images, tie = torch.rand(2, 3, 8, 8), export.TOLERANCE / 2
+    true = torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.rand(2, 8, 8)
+    found = torch.tensor([[1.0, 0.0], [1.0, 1.0 + tie]]), true[1].clone()
+    found[1][1] = 1 - found[1][1]  # the mask of the other class
+    monkeypatch.setattr(export, "answers", lambda *_: iter([(found, true)]))
+    agreement = export.compare("any.onnx", export.Exported(torch.nn.Identity()), images)
+    assert (agreement.same_class, agreement.masks, agreement.mask_iou) == (0.5, 0, 1)
+    found[0][1, 1] = 1.0  # no tie any more: both say class 0
+    with pytest.raises(ClearwingError, match="onnxruntime and torch differ"):
+        export.compare("any.onnx", export.Exported(torch.nn.Identity()), images)
+
+
 def test_a_decoder_of_other_weights_is_left_out(capsys, with_decoder, tmp_path):
     copy = Run.load(shutil.copytree(with_decoder, tmp_path / "copy"))
     copy.model.mean.add_(0.01)

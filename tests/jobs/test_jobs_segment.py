@@ -125,7 +125,7 @@ def test_a_call_that_is_done_is_done_again_by_reading(capsys, photos, trained, t
     assert "pictures/s" not in text
 
 
-def test_other_settings_are_not_joined(capsys, photos, trained, tmp_path):
+def test_other_settings_are_not_joined(capsys, monkeypatch, photos, trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     out = tmp_path / "out"
     call = ["segment", copy, photos, "--out", out, "--limit", "3", *FAST]
@@ -138,6 +138,9 @@ def test_other_settings_are_not_joined(capsys, photos, trained, tmp_path):
     assert "exists and is not empty" in failure(capsys, *call)
     assert contents(out) == before
     assert run(capsys, *call, "--resume", "--batch-size", "1", "--device", "cpu")[0] == 0  # these change no mask
+    with monkeypatch.context() as patched:
+        patched.setattr("clearwing.jobs.segment.__version__", "0.0.1")
+        assert "another clearwing; use --overwrite" in failure(capsys, *call, "--resume")
     network = cw.Run.load(copy)
     network.model.mean.add_(0.01)
     network.save_weights(network.model.state_dict())

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clearwing import __version__
 from clearwing.attribution.modules import calls
 from clearwing.config import SegmentConfig, as_json
 from clearwing.data.loader import Pictures, load_sizes, made_ahead
@@ -97,11 +98,13 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
         fabric.barrier()  # all have read what was done before one adds to it
         mine = [left[i] for i in share(len(left), rank, world)]
         work = Work(config, prepared, loaded, writer, manifest, fabric.device, progress, dataset.class_names)
+        began = time.monotonic()
         work.run(mine)
         fabric.barrier()
+        rate = round(len(left) / (time.monotonic() - began), 2) if left else None  # of all processes
         if not fabric.is_global_zero:
             return {"exit_code": 0}
-    return finished(config, prepared, loaded, dataset, manifest, writer, work.rate)
+    return finished(config, prepared, loaded, dataset, manifest, writer, rate)
 
 
 def prepare(
@@ -156,24 +159,17 @@ class Work:
     ) -> None:
         self.config, self.prepared, self.loaded, self.writer = config, prepared, loaded, writer
         self.manifest, self.device, self.progress = manifest, device, progress
-        self.seconds, self.pictures = 0.0, 0
         self.label_names = label_names
-
-    @property
-    def rate(self) -> float | None:
-        """Pictures a second; None where nothing was left to do."""
-        return round(self.pictures / self.seconds, 2) if self.pictures else None
 
     def run(self, samples: Sequence[Sample]) -> None:
         """Segment the samples; what is done is in the manifest even where this is killed."""
-        told, began, size = self.progress.task("segmenting", rate=True), time.monotonic(), self.config.batch_size
+        told, size = self.progress.task("segmenting", rate=True), self.config.batch_size
         blocks = (samples[start : start + size] for start in range(0, len(samples), size))
         done = 0
         for pictures, fine in made_ahead(self.read(blocks), 1):
             self.manifest.add(self.block(pictures, fine))
             done += len(pictures) + len(pictures.skipped)
             told(done, len(samples))
-        self.seconds, self.pictures = time.monotonic() - began, done
 
     def read(self, blocks: Iterable[Sequence[Sample]]) -> Iterator[tuple[Pictures, Pictures]]:
         """The pictures of each block as the network takes them and as they are refined.
@@ -273,6 +269,7 @@ def forget(out: Path, manifest: Manifest) -> None:
 def settings_of(config: SegmentConfig, run: Run | None) -> dict[str, Any]:
     """What decides the masks: blocks of different settings are not joined."""
     settings = {key: value for key, value in as_json(config).items() if key not in ONCE}
+    settings["clearwing"] = __version__  # another one may make other masks
     settings["weights_sha256"] = None if run is None else inputs.weights_hash(run)
     if config.pipeline == "decoder" and run is not None:
         path = run.file(DECODER)
