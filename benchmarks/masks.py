@@ -10,7 +10,8 @@ time a picture takes beyond the explanation, on one core. No row is chosen here:
 on runs on drawn pictures; on photographs it only reports.
 
 --twin: the ceiling. The decoder is taught by the drawn masks of one half of the split and scored on the other, and the
-other way round; beside it stands the same decoder taught by as many training pictures with masks from the network.
+other way round; beside it stands the same decoder taught by as many pictures with masks from the network: by the very
+same ones, and by training pictures.
 
 --speed: one batch through the classifier alone, through classifier and decoder, and through either pipeline to masks of
 the size that pictures are refined at; nothing is read or written. RUN must have a decoder.
@@ -199,8 +200,9 @@ def table(loaded: inputs.Loaded, samples: Any, truths: list[Tensor]) -> None:
 
 
 def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) -> None:
-    """The decoder taught by drawn masks, crosswise on halves of the split, beside one taught by free masks: the same
-    rounds of the same number of steps, the drawn masks being the same in all."""
+    """The decoder taught by drawn masks, crosswise on halves of the split, beside those taught by free masks of the
+    same halves, and of as many training pictures: the same rounds of the same number of steps, the drawn masks being
+    the same in all."""
     fabric, course, model = make_fabric("cpu"), replace(decoder.Course(), steps=steps), loaded.model
     common: dict[str, Any] = {"fit": loaded.fit, "channels": loaded.channels}
     pictures, fine = (cw.load_pictures(samples, side, **common) for side in (loaded.size, REFINE.side(loaded.size)))
@@ -210,7 +212,7 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
     train = inputs.limited(inputs.open_like_run(loaded.run, None).split("train"), len(halves[0]))
     free = cw.load_pictures(train, loaded.size, **common)
     finer = cw.load_pictures(train, REFINE.side(loaded.size), **common)
-    scores = {"drawn": torch.zeros(len(samples)), "free": torch.zeros(len(samples))}
+    scores = {way: torch.zeros(len(samples)) for way in ("drawn", "same", "free")}
 
     def score(made: Segmenter, way: str, which: list[int]) -> None:
         for some in torch.tensor(which).split(32):
@@ -226,12 +228,16 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
             for count in range(course.rounds):
                 made = decoder.trained_decoder(made, teacher, fabric, course, progress, seed=count + 1)
             score(made, "drawn", test)
+            *_, (made, _) = decoder.taught(model, pictures.subset(half), fine.subset(half), fabric, course, progress)
+            score(made, "same", test)
         *_, (made, _) = decoder.taught(model, free, finer, fabric, course, progress)
         score(made, "free", list(range(len(samples))))
     print("| taught by | mean IoU (95 %) | below 0.3 | drawn gains (95 %) | |\n|---|---|---|---|---|")
     row(f"{len(halves[0])} drawn masks, crosswise", scores["drawn"], None, None)
+    row("free masks of the same pictures, crosswise", scores["same"], scores["drawn"], None)
     row(f"{len(train)} free masks of training pictures", scores["free"], scores["drawn"], None)
-    print(f"\nfree masks reach {scores['free'].mean() / scores['drawn'].mean():.1%} of drawn ones")
+    reached = [f"{scores[way].mean() / scores['drawn'].mean():.1%}" for way in ("same", "free")]
+    print(f"\nfree masks reach {' and '.join(reached)} of drawn ones")
 
 
 def speed(loaded: inputs.Loaded, samples: Any) -> None:
