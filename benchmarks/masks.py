@@ -247,6 +247,7 @@ def speed(loaded: inputs.Loaded, samples: Any) -> None:
     segmenter = loaded.run.load_segmenter()
     recipe, layers = fitted(REFINE, model, batch.images)
     refine, quick = NetworkMasker(model, recipe, layers), DecoderMasker(segmenter, precise)
+    cut = replace(quick, refine=True)
 
     def passed(module: torch.nn.Module, *images: Tensor) -> Callable[[], object]:
         def way() -> None:
@@ -259,6 +260,7 @@ def speed(loaded: inputs.Loaded, samples: Any) -> None:
         "classifier": passed(model, batch.images),
         "classifier and decoder": passed(segmenter, batch.images, fine.images),
         "--pipeline decoder": lambda: quick(batch, fine),
+        "--pipeline decoder --refine grabcut": lambda: cut(batch, fine),
         "--pipeline refine: its explanation": lambda: explained(model, recipe, batch, layers),
         "--pipeline refine": lambda: refine(batch, fine),
     }
@@ -272,7 +274,8 @@ def speed(loaded: inputs.Loaded, samples: Any) -> None:
     print(
         f"the decoder's pass is {seconds['classifier and decoder'] / seconds['classifier']:.2f} times the classifier's"
     )
-    print(f"decoder {seconds['--pipeline refine'] / seconds['--pipeline decoder']:.1f} times as quick as refine")
+    for way in ("--pipeline decoder", "--pipeline decoder --refine grabcut"):
+        print(f"{way} is {seconds['--pipeline refine'] / seconds[way]:.1f} times as quick as refine")
 
 
 def main() -> None:

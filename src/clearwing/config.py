@@ -370,7 +370,7 @@ class SegmentConfig(Source):
     threshold: str | None = None
     """Another threshold than the recipe's: percentile:80, otsu, mean, or auto."""
     refine: Literal["none", "maxpool", "grabcut"] | None = None
-    """Another refinement than the recipe's."""
+    """Another refinement than the recipe's; of the decoder's masks, grabcut (or none, the default)."""
     size: int | None = None
     """Side of the network's input, where the model does not know it."""
     fit: Fit | None = None

@@ -17,10 +17,11 @@ from clearwing.config import SegmentConfig
 from clearwing.data.sources import Sample
 from clearwing.jobs import decoder, segment
 from clearwing.jobs.calibrate import held_out
-from clearwing.jobs.maskers import DecoderMasker, explained, fitted, free_masks, whole
-from clearwing.masks.pipeline import RECIPES, Recipe, segment_with
+from clearwing.jobs.maskers import SURE, DecoderMasker, explained, fitted, free_masks, whole
+from clearwing.masks.pipeline import RECIPES, Recipe, cut_likely, segment_with
 from clearwing.masks.refine import clean
 from clearwing.models.decoder import Decoder, Segmenter
+from clearwing.train.devices import make_fabric
 from commands import failure, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -342,6 +343,9 @@ def test_what_the_decoder_does_not_take_is_refused(capsys, photos, trained, tmp_
     assert "--threshold: mean; the decoder has none" in refused(trained, "--threshold", "mean")
     assert "--method: saliency; the decoder has none" in refused(trained, "--method", "saliency")
     assert "--calibrate: 6" in refused(trained, "--calibrate", "6")
+    assert "--refine: maxpool; the decoder takes grabcut or none" in refused(trained, "--refine", "maxpool")
+    told = refused(trained, "--refine", "grabcut", "--calibrate", "3")
+    assert "--refine: grabcut; --calibrate chooses the decoder's threshold" in told
     assert lessons == []
 
 
@@ -403,6 +407,36 @@ def test_free_masks_of_a_segmenter(trained):
     with torch.no_grad():
         shares = segmenter.eval()(images)[1].sigmoid()
     assert torch.equal(made, clean(shares >= 0.5, shares, share=RECIPES["refine"].keep, fill=True).byte())
+
+
+def test_a_decoders_masks_are_cut_along_the_edges(capsys, photos, trained, tmp_path, lessons):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    call = [copy, photos, "--pipeline", "decoder", *FAST]
+    plain = segmented(capsys, *call, "--refine", "none", "--out", tmp_path / "plain")
+    segmenter = cw.Run.load(copy).load_segmenter()
+    samples = cw.open_data(photos).splits["val"]
+    batch, fine = (next(cw.load_pictures(samples, side, fit="squash").batches(6)) for side in (32, 64))
+    with torch.no_grad():  # of three steps, it would call nothing foreground
+        segmenter.decoder.head.bias.sub_(segmenter.decoder(segmenter.features(batch.images)[1]).median())
+    cw.Run.load(copy).save_decoder(segmenter, cw.Run.load(copy).decoder_about())
+    cut = segmented(capsys, *call, "--refine", "grabcut", "--out", tmp_path / "cut")
+    assert (plain["pipeline"], cut["pipeline"]) == ("decoder", "decoder (changed)")
+    assert cut["options"] == {"refine": "grabcut"}
+    assert {name: cut["threshold"][name] for name in ("how", "value", "sure")} == {
+        "how": "grabcut",
+        "value": None,
+        "sure": list(SURE),
+    }
+    masker = DecoderMasker(segmenter.eval(), make_fabric("cpu").autocast, refine=True)
+    shares, _ = masker.shares(batch, fine)
+    masks, fell_back = cut_likely(shares, fine.images, SURE)
+    assert not torch.equal(masks, shares > 0.5)
+    assert cut["fell_back"] == int(fell_back.sum())
+    made = masker(batch, fine)
+    assert torch.equal(made.masks, masks.float())
+    assert torch.equal(made.fell_back, fell_back)
+    for sample, mask in zip(samples, whole(made, batch, fine), strict=True):
+        assert torch.equal(mask, cw.read_mask(tmp_path / "cut" / cut["files"][sample.key]))
 
 
 def test_a_place_at_the_threshold_is_foreground(trained):

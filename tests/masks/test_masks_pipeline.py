@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from clearwing.masks.pipeline import RECIPES, VOTERS, Recipe, fuse, resized, segment, segment_with, vote
-from clearwing.masks.refine import blur, clean, grabcut, seeds
+from clearwing.masks.pipeline import RECIPES, VOTERS, Recipe, cut_likely, fuse, resized, segment, segment_with, vote
+from clearwing.masks.refine import blur, clean, grabcut, likely_seeds, seeds
 from clearwing.masks.threshold import binarize
 from clearwing.types import Batch, ClearwingError, Explanation
 
@@ -63,6 +63,21 @@ def test_a_batch_equals_one_by_one():
     images, truth = scene()
     e = rough(truth)
     assert torch.equal(torch.cat([segment(e[i : i + 1], images[i : i + 1]) for i in range(3)]), segment(e, images))
+
+
+def test_a_likely_mask_is_cut_along_the_edges():
+    images, truth = scene()
+    likely = (0.9 * rough(truth) / rough(truth).amax((1, 2), keepdim=True)).clamp(0, 1)
+    likely[2] = 0.1  # nothing is foreground
+    masks, fell_back = cut_likely(likely, images, (0.8, 0.1))
+    assert fell_back.tolist() == [False, False, True]
+    assert min(overlap(masks, truth)[:2]) > 0.95 > 0.7 > max(overlap(likely > 0.5, truth)[:2])
+    assert not masks[2].any()
+    codes = likely_seeds(likely, sure_foreground=0.8, sure_background=0.1)
+    cut, _ = grabcut(images, codes, iterations=RECIPES["refine"].iterations)
+    assert torch.equal(masks, clean(cut, likely, share=RECIPES["refine"].keep, fill=True))
+    with pytest.raises(ClearwingError, match=r"seeds: sure_foreground=0\.2"):
+        cut_likely(likely, images, (0.2, 0.1))
 
 
 def test_without_refinement_the_threshold_alone_remains():

@@ -22,8 +22,7 @@ from clearwing.data.loader import Pictures, epoch_order
 from clearwing.jobs import inputs
 from clearwing.jobs.maskers import stages
 from clearwing.jobs.progress import Progress, TrainingBar
-from clearwing.masks.pipeline import RECIPES, VOTERS, resized, segment_with, vote
-from clearwing.masks.refine import clean, grabcut, likely_seeds
+from clearwing.masks.pipeline import RECIPES, VOTERS, cut_likely, resized, segment_with, vote
 from clearwing.models.decoder import Decoder, Segmenter
 from clearwing.models.evidence import with_evidence
 from clearwing.run import Run
@@ -189,11 +188,10 @@ def revised(
             views = [segmenter(batch.images, finer.images)[1], mirrored]
         likely = torch.stack(views).float().sigmoid().mean(0)
         made, fell_back = [likely > 0.5], torch.zeros(len(batch), dtype=torch.bool, device=likely.device)
-        for foreground, background in CUTS:
-            codes = likely_seeds(likely, sure_foreground=foreground, sure_background=background)
-            cut, failed = grabcut(finer.images, codes, iterations=REFINE.iterations)
+        for sure in CUTS:
+            cut, failed = cut_likely(likely, finer.images, sure)
             fell_back |= failed
-            made.append(clean(cut, likely, share=REFINE.keep, fill=REFINE.fill))
+            made.append(cut)
         share, agreement = vote(made)
         return share, torch.where(fell_back, 0, agreement)  # who repeats the decoder does not agree with it
 

@@ -20,9 +20,14 @@ OPTIONS = ("method", "layers", "threshold", "refine")
 def chosen_recipe(config: SegmentConfig) -> Recipe:
     """The recipe of the pipeline with what the command replaces of it; the decoder's teachers follow `refine`."""
     if config.pipeline == "decoder":
-        for name in OPTIONS:
+        for name in ("method", "layers", "threshold"):
             if getattr(config, name) is not None:
                 raise ClearwingError(f"--{name}", getattr(config, name), "the decoder has none; take --pipeline refine")
+        if config.refine == "maxpool":
+            raise ClearwingError("--refine", config.refine, "the decoder takes grabcut or none")
+        if config.refine == "grabcut" and config.calibrate:
+            mend = "--calibrate chooses the decoder's threshold, which GrabCut has none of; leave one of them out"
+            raise ClearwingError("--refine", config.refine, mend)
         return RECIPES["refine"]
     recipe = RECIPES[config.pipeline]
     if config.method is not None:
@@ -53,7 +58,7 @@ def chosen_recipe(config: SegmentConfig) -> Recipe:
 def changed(config: SegmentConfig) -> bool:
     """Whether the command replaced anything of the named recipe."""
     if config.pipeline == "decoder":
-        return False
+        return config.refine == "grabcut"
     return chosen_recipe(config) != RECIPES[config.pipeline] or config.layers is not None
 
 

@@ -15,7 +15,7 @@ from clearwing.attribution.methods import METHODS, explain
 from clearwing.attribution.trace import record
 from clearwing.data.preprocess import restore
 from clearwing.masks import baselines
-from clearwing.masks.pipeline import RECIPES, Recipe, Segmentation, fuse, segment_with
+from clearwing.masks.pipeline import RECIPES, Recipe, Segmentation, cut_likely, fuse, segment_with
 from clearwing.masks.refine import clean, dilate
 from clearwing.masks.threshold import binarize, informative
 from clearwing.models.decoder import Segmenter
@@ -32,6 +32,10 @@ class Masked:
     logits: Tensor | None = None  # (N, K)
     maps: Tensor | None = None  # (N, h, w), what was thresholded
 
+
+SURE = (0.95, 0.2)
+"""Probabilities of a decoder that are sure foreground and sure background where its masks are cut. Chosen on drawn
+pictures' masks (benchmarks/RESULTS.md)."""
 
 Masker = Callable[[Batch, Batch], Masked]
 """Pictures as the network takes them, and as fine as they are refined, to masks at the size of either."""
@@ -69,11 +73,12 @@ class NetworkMasker:
 
 @dataclass
 class DecoderMasker:
-    """Masks by a decoder, in one forward pass."""
+    """Masks by a decoder, in one forward pass; and, if they are to be refined, cut along the pictures' edges."""
 
     segmenter: Segmenter
     autocast: Callable[[], Any]
     cut: float = 0.5  # the probability from which on a place is foreground
+    refine: bool = False
 
     @torch.inference_mode()
     def shares(self, batch: Batch, fine: Batch) -> tuple[Tensor, Tensor]:
@@ -84,10 +89,14 @@ class DecoderMasker:
 
     def __call__(self, batch: Batch, fine: Batch) -> Masked:
         shares, logits = self.shares(batch, fine)
+        empty = ~informative(shares)
+        if self.refine:
+            masks, fell_back = cut_likely(shares, fine.images, SURE)
+            return Masked(masks.float(), fell_back, empty, logits, shares)  # floating: smooth outlines when restored
         found = shares >= self.cut
         whole = clean(found, shares, share=RECIPES["refine"].keep, fill=True)  # no small pieces, no holes
         made = torch.where(found == whole, shares, whole.float())
-        return Masked(made, empty=~informative(shares), logits=logits, maps=shares)
+        return Masked(made, empty=empty, logits=logits, maps=shares)
 
 
 def whole(made: Masked, batch: Batch, fine: Batch, cut: float = 0.5) -> list[Tensor]:

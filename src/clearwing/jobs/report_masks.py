@@ -201,7 +201,7 @@ def threshold_words(threshold: dict[str, Any]) -> str:
         return f"percentile {value:g}"
     if how == "probability":
         return f"probability {value:g}"
-    return {"otsu": "Otsu"}.get(how, how)
+    return {"otsu": "Otsu", "grabcut": "cut by GrabCut"}.get(how, how)
 
 
 def metrics(result: dict[str, Any]) -> tuple[page.Metric, ...]:

@@ -29,6 +29,7 @@ from clearwing.jobs.mask_files import MaskWriter, check_format
 from clearwing.jobs.mask_recipe import chosen_recipe, threshold_value
 from clearwing.jobs.mask_results import finished
 from clearwing.jobs.maskers import (
+    SURE,
     DecoderMasker,
     Masked,
     Masker,
@@ -129,8 +130,10 @@ def prepare(
     if config.pipeline == "decoder" and loaded.run is not None:
         segmenter = loaded.run.load_segmenter().to(device)
         precise = make_fabric(config.device)
-        masker = DecoderMasker(segmenter, precise.autocast, cut)
+        masker = DecoderMasker(segmenter, precise.autocast, cut, config.refine == "grabcut")
         threshold: dict[str, Any] = {"how": "probability", "value": cut, "layers": list(segmenter.layers)}
+        if masker.refine:
+            threshold |= {"how": "grabcut", "value": None, "sure": list(SURE)}
         threshold["decoder"] = loaded.run.decoder_about()
     else:
         masker = NetworkMasker(model, recipe, layers)

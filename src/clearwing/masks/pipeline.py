@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clearwing.masks.refine import blur, check_images, clean, dilate, grabcut, seeds
+from clearwing.masks.refine import blur, check_images, clean, dilate, grabcut, likely_seeds, seeds
 from clearwing.masks.threshold import binarize, informative
 from clearwing.types import Batch, ClearwingError, Explanation, near
 
@@ -168,6 +168,18 @@ def segment_with(
         masks = clean(masks, maps, share=recipe.keep, fill=recipe.fill)
     how = {**asdict(recipe), "maps": [_name(item) for item in given]}
     return Segmentation(masks.byte(), fell_back, empty, how)
+
+
+def cut_likely(probability: Tensor, images: Tensor, sure: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Masks bool (N, H, W) of the foreground's probability, (N, H, W) in [0, 1], cut along the edges of the pictures,
+    (N, C, H, W), by GrabCut as `refine` does it: without small pieces and holes. And where it fell back, bool (N,).
+
+    sure: the probabilities from which on the foreground, and up to which the background, is fixed.
+    """
+    refine, (foreground, background) = RECIPES["refine"], sure
+    codes = likely_seeds(probability, sure_foreground=foreground, sure_background=background)
+    masks, fell_back = grabcut(images, codes, iterations=refine.iterations)
+    return clean(masks, probability, share=refine.keep, fill=refine.fill), fell_back
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
