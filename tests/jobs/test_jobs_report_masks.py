@@ -86,6 +86,16 @@ def test_the_headline_is_scored_free_and_the_best_practice(tmp_path):
     ]
 
 
+def test_masks_of_other_data_do_not_stand_beside_the_runs_own(tmp_path, monkeypatch):
+    own = part_of(tmp_path, "refine", data="photos")
+    other = job.Part(tmp_path, result_of("decoder", data="elsewhere"), own=False)
+    assert own.rank < other.rank
+    assert [row.name for row in job.pipelines([own, other]) if row.kind != "baseline"] == ["refine"]
+    sampled(tmp_path, monkeypatch)
+    assert "these masks are of elsewhere" in made(other).notes
+    assert made(own).notes == ()
+
+
 def test_differences_are_taken_from_the_first_on_the_same_pictures(tmp_path):
     baselines = {"everything": 0.3, "edge-map": 0.4}
     gains = {name: {"mean": 0.1, "ci95": [0.0, 0.2]} for name in baselines}

@@ -27,10 +27,10 @@ WAYS = ("decoder", "refine", "classic")  # pipelines, the one that makes the hea
 
 
 class Part:
-    """What one call of segment left in the run."""
+    """What one call of segment left in the run; `own`, whether of the data that the run was trained on."""
 
-    def __init__(self, folder: Path, result: dict[str, Any]) -> None:
-        self.folder, self.result = folder, result
+    def __init__(self, folder: Path, result: dict[str, Any], own: bool = True) -> None:
+        self.folder, self.result, self.own = folder, result, own
         self.pipeline = str(result["pipeline"])  # "refine", "refine (changed)"
         self.per_image: dict[str, float] = result["per_image"]
         self.calibration = int(result.get("masks_used_for_calibration") or 0)
@@ -41,10 +41,16 @@ class Part:
         return self.pipeline.removesuffix(" (changed)")
 
     @property
+    def source(self) -> tuple[str, str]:
+        """The data and the split; parts of one source stand side by side."""
+        return str(self.result.get("data")), self.result["split"]
+
+    @property
     def rank(self) -> tuple[Any, ...]:
-        """The headline's is the lowest: scored, no drawn mask looked at, the best practice, as it comes."""
+        """The headline's is the lowest: scored, of the run's own data, no drawn mask looked at, the best practice, as
+        it comes."""
         way = WAYS.index(self.way) if self.way in WAYS else len(WAYS)
-        return (not self.per_image, self.calibration > 0, way, self.pipeline != self.way)
+        return (not self.per_image, not self.own, self.calibration > 0, way, self.pipeline != self.way)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def segmentations(run: Run, progress: Progress) -> list[Part]:
         if "pipeline" not in result:
             progress.say(f"note: the results in {name} are of an earlier version; left out")
         elif inputs.current(run, result, name, progress):
-            parts.append(Part(file.parent, result))
+            parts.append(Part(file.parent, result, inputs.own_data(run, result.get("data"))))
     return sorted(parts, key=lambda part: part.rank)
 
 
@@ -96,7 +102,7 @@ def segmentation(run: Run, parts: list[Part], seen: Seen | None, config: ReportC
         threshold=threshold_words(result["threshold"]),
         per_image=tuple(first.per_image.values()),
         gallery=outlined(first, samples, evenly(ranked, config.most)),
-        notes=tuple(result["notes"]),
+        notes=(*([] if first.own else [f"these masks are of {result['data']}"]), *result["notes"]),
         metrics=metrics(result),
         curve=threshold_curve(result.get("curve")),
         causes=failures(first, samples, config.most),
@@ -113,7 +119,7 @@ def pipelines(parts: list[Part]) -> tuple[page.Pipeline, ...]:
         return ()
     rows: dict[str, page.Pipeline] = {}
     for part in parts:
-        if part.name in rows or part.result["split"] != first.result["split"] or part.result["mean_iou"] is None:
+        if part.name in rows or part.source != first.source or part.result["mean_iou"] is None:
             continue
         kind = "first" if part is first else "other"
         gained = None if part is first else difference(first.per_image, part.per_image)
