@@ -69,13 +69,24 @@ def test_what_is_no_run_is_refused(tmp_path, trained):
         Run.load(copy).load_model()
 
 
+def test_broken_files_are_named_with_a_way_out(tmp_path, trained):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(cw.ClearwingError, match=r"model\.safetensors; is broken .*; restore it, or train the run anew"):
+        Run.load(copy).load_model()
+    (copy / "config.json").write_text("{")
+    with pytest.raises(cw.ClearwingError, match=r"config\.json; cannot be read .*; restore it, or make it anew"):
+        Run.load(copy)
+
+
 def test_weights_with_another_number_of_classes_are_refused(tmp_path, trained):
     copy = shutil.copytree(trained, tmp_path / "copy")
     write_json(copy / "classes.json", ["a", "b"])
     config = json.loads((copy / "config.json").read_text())
     config["model"]["num_classes"] = 2
     write_json(copy / "config.json", config)
-    with pytest.raises(cw.ClearwingError, match="do not fit"):
+    with pytest.raises(cw.ClearwingError, match=r"do not fit .*; take both from one run"):
         _ = Run.load(copy).model
 
 

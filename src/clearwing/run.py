@@ -131,8 +131,11 @@ class Run:
             model = self.build_model()
         try:
             model.load_state_dict(load_file(path))
-        except (SafetensorError, RuntimeError) as error:
-            raise ClearwingError("run", path, f"the weights do not fit config.json ({error})") from error
+        except SafetensorError as error:
+            raise ClearwingError("run", path, f"is broken ({error}); restore it, or train the run anew") from error
+        except RuntimeError as error:
+            mend = f"the weights do not fit config.json ({error}); take both from one run"
+            raise ClearwingError("run", path, mend) from error
         return model.to(memory_format=torch.channels_last).eval()
 
     def save_weights(self, state: Mapping[str, Tensor], weights: str = "last") -> None:
@@ -213,7 +216,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ClearwingError("run", path, f"cannot be read ({error})") from error
+        raise ClearwingError("run", path, f"cannot be read ({error}); restore it, or make it anew") from error
 
 
 def make_folder(path: str | Path, argument: str = "--out") -> Path:

@@ -72,10 +72,14 @@ def teach(run: Run, device: str, progress: Progress, anew: bool = False, *, cour
     No drawn mask is read. Raises ClearwingError where the training pictures are not there any more.
     """
     loaded = inputs.open_model(str(run.path))
-    dataset = inputs.open_like_run(run, None)
-    if "train" not in dataset.splits:
-        raise ClearwingError("--pipeline", "decoder", f"the training pictures of {run.path} are not there any more")
-    samples = inputs.limited(dataset.splits["train"], course.pictures)
+    where = run.config["data"]["where"]
+    try:
+        dataset = inputs.open_like_run(run, None)
+        samples = dataset.split("train")
+    except ClearwingError as error:
+        mend = f"learns from the run's training pictures, which are not at {where} any more; bring them back"
+        raise ClearwingError("--pipeline", "decoder", mend) from error
+    samples = inputs.limited(samples, course.pictures)
     pictures, fine = inputs.load_with_fine(loaded, samples, REFINE.side(loaded.size), progress)
     about = {
         "weights_sha256": inputs.weights_hash(run),
