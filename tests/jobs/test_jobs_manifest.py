@@ -69,7 +69,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
     Manifest(tmp_path, SETTINGS, rank=1).add(block("a"))
     Manifest(tmp_path, SETTINGS).check()  # a tuple is the list that JSON made of it
     for changed in ({"method": "saliency"}, {"weights": (1.0, 0.4)}, {"limit": 3}):
-        with pytest.raises(ClearwingError, match=f"--resume: .* another {next(iter(changed))}; use --overwrite"):
+        with pytest.raises(ClearwingError, match=f"--resume: .* another {next(iter(changed))}; give another --out"):
             Manifest(tmp_path, SETTINGS | changed).check()
     with pytest.raises(ClearwingError, match="another version"):
         Manifest(tmp_path, {"method": "layer-cam", "weights": (1.0, 0.5)}).check()

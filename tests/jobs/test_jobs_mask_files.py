@@ -108,7 +108,9 @@ def test_voc_holds_the_same_masks_by_class(capsys, png, masks, trained, photos, 
             number = int(np.asarray(file).max())
         row = rows[key]
         assert number == 1 + int(row["class"].removeprefix("species_"))
-        thing = ElementTree.parse((tmp_path / "Annotations" / key).with_suffix(".xml")).find("object")
+        document = ElementTree.parse((tmp_path / "Annotations" / key).with_suffix(".xml"))
+        assert document.findtext("segmented") == "1"
+        thing = document.find("object")
         assert thing.findtext("name") == row["class"]
         low = [int(thing.findtext(f"bndbox/{name}")) for name in ("xmin", "ymin")]
         assert low == [int(row["x"]) + 1, int(row["y"]) + 1]

@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from segmenting import FAST, contents, factory, segmented, table
 
@@ -63,6 +65,69 @@ def test_no_batch_is_one_line(capsys, photos, trained, tmp_path):
     for size in ("0", "-1"):
         told = failure(capsys, "segment", trained, photos, "--out", tmp_path / "out", "--batch-size", size)
         assert f"--batch-size: {size}; give at least 1" in told
+
+
+def test_what_is_there_stays_until_the_new_call_can_go_on(capsys, photos, trained, tmp_path, lessons):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "a.png").write_bytes(b"no picture")
+    call = [trained, "--out", tmp_path / "out", *FAST]
+    segmented(capsys, *call, photos, "--limit", "2")
+    before = contents(tmp_path / "out")
+    for more in ([], ["--pipeline", "decoder"], ["--retrain", "--pipeline", "decoder"]):
+        told = failure(capsys, "segment", *call, broken, "--overwrite", *more)
+        assert "none of 1 can be read" in told
+    assert contents(tmp_path / "out") == before
+    assert lessons == []  # nor is a decoder taught for nothing
+
+
+@pytest.mark.parametrize("options", [["--cutouts"], ["--format", "voc", "--cutouts"], ["--format", "geojson"]])
+def test_overwritten_results_leave_nothing_behind(capsys, photos, trained, tmp_path, options):
+    out = tmp_path / "out"
+    segmented(capsys, trained, photos, "--out", out, *FAST, *options)
+    (out / "mine.txt").write_text("not of this")
+    segmented(capsys, trained, photos, "--out", out, *FAST, "--limit", "1", "--overwrite")
+    segmented(capsys, trained, photos, "--out", tmp_path / "fresh", *FAST, "--limit", "1")
+    found = contents(out)
+    assert found.pop(Path("mine.txt")) == b"not of this"
+    assert found.keys() == contents(tmp_path / "fresh").keys()
+
+
+def test_masks_are_not_put_among_the_pictures(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    for path in (copy / "val").rglob("*.png"):
+        path.rename(path.with_suffix(".bmp"))  # else they would be replaced, which is refused by another name
+    told = failure(capsys, "segment", trained, copy, "--out", copy, "--overwrite")
+    assert f"--out: {copy}; would put masks among the pictures of {copy / 'val' / 'species_0'}" in told
+
+
+def test_masks_that_do_not_fit_are_told_with_the_result(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    for path in (copy / "MASKS").rglob("*.png"):
+        Image.new("L", (5, 4)).save(path)
+    code, text, _ = run(capsys, "segment", trained, copy, "--out", tmp_path / "out", *FAST)
+    assert code == 0
+    assert "not scored: 6 of 6; val/species_0/" in text
+    assert "mask of 4x5, picture of 40x56" in text
+
+
+def test_a_split_that_nobody_asked_for_says_what_it_leaves_out(capsys, photos, trained, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (photos / "train").rglob("*.png"):
+        shutil.copy(path, flat / f"cam{path.parent.name[-1]}_{path.name}")
+    result = segmented(capsys, trained, flat, "--out", tmp_path / "part", *FAST)
+    count = len(list(flat.iterdir()))
+    assert f"the other {count - result['n']} pictures are left out; --split all takes them, too" in result["notes"]
+    whole = segmented(capsys, trained, flat, "--split", "all", "--out", tmp_path / "all", *FAST)
+    assert whole["n"] == count
+    assert not any("left out" in note for note in whole["notes"])
+
+
+def test_sizes_that_cannot_be_meant(capsys, photos, trained, tmp_path):
+    call = ["segment", trained, photos, "--out", tmp_path / "out"]
+    assert "--size: 0; give at least 1 pixel" in failure(capsys, *call, "--size", "0")
+    assert "--size: 8; the decoder is taught at 32 px" in failure(capsys, *call, "--size", "8", "--pipeline", "decoder")
 
 
 # A killed call.
@@ -126,6 +191,51 @@ def test_a_call_that_is_done_is_done_again_by_reading(capsys, photos, trained, t
     assert "pictures/s" not in text
 
 
+def test_a_folder_that_no_call_began_is_not_gone_on_with(capsys, photos, trained, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    segmented(capsys, trained, photos, "--out", out, "--limit", "1", "--resume", *FAST)  # an empty one will do
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "precious.txt").write_text("mine")
+    told = failure(capsys, "segment", trained, photos, "--out", out, "--resume")
+    assert f"--resume: {out}; is not empty, and holds no manifest to go on from" in told
+    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+
+
+def test_a_call_killed_in_its_first_block_is_gone_on_with(capsys, photos, trained, tmp_path, monkeypatch):
+    call = ["segment", trained, photos, "--out", tmp_path / "out", *FAST]
+    with monkeypatch.context() as patch:
+        killed_after(patch, 0)
+        assert run(capsys, *call)[0] == 1
+    (tmp_path / "out" / "half.png").write_bytes(b"what it may leave")
+    assert run(capsys, *call, "--resume")[0] == 0
+
+
+def test_the_same_data_by_another_name_is_gone_on_with(capsys, photos, trained, tmp_path, monkeypatch):
+    call = [trained, "--out", tmp_path / "out", "--limit", "2", *FAST]
+    segmented(capsys, *call, photos)
+    monkeypatch.chdir(photos.parent)
+    assert segmented(capsys, *call, f"./{photos.name}", "--resume")["pictures_per_s"] is None  # nothing was left to do
+    other = shutil.copytree(photos, tmp_path / "other" / photos.name)
+    monkeypatch.chdir(other.parent)
+    assert "made with another data; give another --out" in failure(capsys, "segment", *call, photos.name, "--resume")
+
+
+def test_what_is_done_and_gone_is_told(capsys, photos, trained, tmp_path):
+    copy = shutil.copytree(photos, tmp_path / "photos")
+    call = [trained, copy, "--out", tmp_path / "out", *FAST]
+    first = segmented(capsys, *call)
+    keys = list(first["per_image"])
+    (tmp_path / "out" / first["files"][keys[0]]).unlink()
+    (copy / keys[1]).unlink()
+    code, _, err = run(capsys, "segment", *call, "--resume")
+    assert code == 0
+    assert "going on: 5 of 5 pictures are done" in err
+    assert "1 more are not in the data any more" in err
+    assert f"1 masks that were made are gone from {tmp_path / 'out'}" in err
+
+
 def test_other_settings_are_not_joined(capsys, monkeypatch, photos, trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     out = tmp_path / "out"
@@ -133,7 +243,7 @@ def test_other_settings_are_not_joined(capsys, monkeypatch, photos, trained, tmp
     assert run(capsys, *call)[0] == 0
     before = contents(out)
     told = failure(capsys, *call, "--resume", "--threshold", "mean")
-    assert f"--resume: {out}; what is there was made with another threshold; use --overwrite" in told
+    assert f"--resume: {out}; what is there was made with another threshold; give another --out, or --overwrite" in told
     assert "another baselines" in failure(capsys, *call[:-1], "--resume")
     assert "choose one of them" in failure(capsys, *call, "--resume", "--overwrite")
     assert "exists and is not empty" in failure(capsys, *call)
@@ -141,7 +251,7 @@ def test_other_settings_are_not_joined(capsys, monkeypatch, photos, trained, tmp
     assert run(capsys, *call, "--resume", "--batch-size", "1", "--device", "cpu")[0] == 0  # these change no mask
     with monkeypatch.context() as patched:
         patched.setattr("clearwing.jobs.segment.__version__", "0.0.1")
-        assert "another clearwing; use --overwrite" in failure(capsys, *call, "--resume")
+        assert "another clearwing; give another --out" in failure(capsys, *call, "--resume")
     network = cw.Run.load(copy)
     network.model.mean.add_(0.01)
     network.save_weights(network.model.state_dict())
@@ -300,7 +410,7 @@ def test_masks_of_two_decoders_are_not_joined(capsys, photos, trained, tmp_path,
     segmenter = run_.load_segmenter()
     segmenter.decoder.head.bias.data.add_(1)
     run_.save_decoder(segmenter, run_.decoder_about())
-    assert "decoder_sha256; use --overwrite" in failure(capsys, "segment", *call, "--resume")
+    assert "decoder_sha256; give another --out" in failure(capsys, "segment", *call, "--resume")
 
 
 def test_the_decoder_is_there_before_several_processes_start(capsys, photos, trained, tmp_path, lessons, monkeypatch):

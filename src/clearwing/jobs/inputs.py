@@ -43,6 +43,8 @@ def open_model(
     spec: str, *, size: int | None = None, fit: str | None = None, classes: str | None = None, weights: str = "last"
 ) -> Loaded:
     """A RUN, torchvision:NAME, timm:NAME, a weights file, or file.py:factory, in eval mode on the CPU."""
+    if size is not None and size < 1:
+        raise ClearwingError("--size", size, "give at least 1 pixel")
     if Path(spec).is_dir():
         run = Run.load(spec)
         if classes is not None:
@@ -136,8 +138,18 @@ def split_notes(dataset: Dataset, split: str, run: Run, where: str) -> list[str]
     return []
 
 
+def left_out_notes(dataset: Dataset, split: str) -> list[str]:
+    """What to say to those who did not ask for a part of their pictures."""
+    left = sum(len(samples) for name, samples in dataset.splits.items() if name != split)
+    if left and any(note.startswith(f"no {split}:") for note in dataset.notes):
+        return [f"the other {left} pictures are left out; --split all takes them, too"]
+    return []
+
+
 def limited(samples: tuple[Sample, ...], limit: int | None) -> tuple[Sample, ...]:
     """At most `limit` samples, spread over all of them so that every class stays."""
+    if limit is not None and limit < 1:
+        raise ClearwingError("--limit", limit, "give at least 1 picture")
     return samples if limit is None else tuple(samples[i] for i in spread(len(samples), limit))
 
 
@@ -240,12 +252,16 @@ def result_paths(keys: Sequence[str], suffix: str) -> dict[str, Path]:
     return found
 
 
-def keep_sources(out: str | Path, files: Iterable[Path], samples: Iterable[Sample], *, grown: bool = False) -> None:
+def keep_sources(
+    out: str | Path, files: Iterable[Path], samples: Iterable[Sample], *, grown: bool = False, beside: bool = False
+) -> None:
     """Refuse an output folder in which one of the files to write is a picture or a true mask that is read.
 
-    With `grown`, a file `a` stands for all that is called `a.png` or `a.<anything>.png`.
+    With `grown`, a file `a` stands for all that is called `a.png` or `a.<anything>.png`. With `beside`, files are also
+    refused in a folder of the pictures, where the next call would read them as pictures.
     """
     written = {(Path(out) / file).resolve() for file in files}
+    folders = {path.parent for path in written} if beside else set()
     for sample in samples:
         for source in (sample.source, sample.mask):
             if not isinstance(source, str | Path):
@@ -257,6 +273,9 @@ def keep_sources(out: str | Path, files: Iterable[Path], samples: Iterable[Sampl
                 names = [".".join(parts[:end]) for end in range(1, len(parts))]
             if any(path.with_name(name) in written for name in names if name):
                 raise ClearwingError("--out", out, f"would replace {source}; give another folder")
+            if source is sample.source and path.parent in folders:
+                mend = f"would put masks among the pictures of {path.parent}; give another folder"
+                raise ClearwingError("--out", out, mend)
 
 
 def told_skipped(pictures: Pictures, progress: Progress) -> list[list[str]]:

@@ -14,7 +14,8 @@ from clearwing.types import ClearwingError
 class Manifest:
     """`OUT/manifest-<rank>.jsonl`: each process appends to its own, and anybody reads all of them.
 
-    The first line that a process writes holds the settings that its blocks are made with.
+    The first line that a process writes holds the settings that its blocks are made with; `start` writes it before any
+    block is done, so that what a killed run left is known for what it is.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
@@ -24,6 +25,10 @@ class Manifest:
     @property
     def path(self) -> Path:
         return self.folder / f"manifest-{self.rank}.jsonl"
+
+    def there(self) -> bool:
+        """Whether an earlier run left one."""
+        return bool(self._paths())
 
     def clear(self) -> None:
         """Forget all that an earlier run did."""
@@ -37,23 +42,32 @@ class Manifest:
             for line in manifest_lines(path):
                 if "settings" in line and line["settings"] != self.settings:
                     keys = [key for key in self.settings if self.settings[key] != line["settings"].get(key)]
-                    mend = f"what is there was made with another {', '.join(keys) or 'version'}; use --overwrite"
+                    mend = f"what is there was made with another {', '.join(keys) or 'version'}"
+                    mend += "; give another --out, or --overwrite to begin anew"
                     raise ClearwingError("--resume", self.folder, mend)
+
+    def start(self) -> None:
+        """Say with which settings this process goes on."""
+        if not self.begun:
+            self._write({"settings": self.settings})
 
     def add(self, block: dict[str, Any]) -> None:
         """One block more, on the disk when this returns but for the system's own cache."""
-        lines = [plain(block)] if self.begun else [{"settings": self.settings}, plain(block)]
+        self.start()
+        self._write(plain(block))
+
+    def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             if not self.begun and file.tell():
                 file.write("\n")  # a process that was killed while it wrote left half a line
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write(json.dumps(line) + "\n")
         self.begun = True
 
     def blocks(self) -> Iterator[dict[str, Any]]:
         """All blocks of all processes, one at a time."""
         for path in self._paths():
             for line in manifest_lines(path):
-                if "settings" not in line:
+                if "pictures" in line:
                     yield line
 
     def _paths(self) -> list[Path]:

@@ -21,6 +21,7 @@ from clearwing.run import write_json, write_text
 from clearwing.show.draw import save_png, to_rgb
 from clearwing.types import ClearwingError, atomic_path
 
+VOC_FOLDER, ANNOTATIONS = "SegmentationClass", "Annotations"
 VOC_CLASSES = 254
 """What a palette PNG holds beside background and void."""
 
@@ -86,9 +87,20 @@ def check_format(config: SegmentConfig, classes: int) -> None:
         raise ClearwingError("--format", "voc", f"holds {VOC_CLASSES} classes at most; take another")
 
 
+def files_of(out: Path, record: dict[str, Any]) -> list[Path]:
+    """All files that may have been written for a picture of which the manifest says this."""
+    if (file := record.get("file")) is None:
+        return []
+    stem = Path(file)
+    if stem.parts[0] == VOC_FOLDER:
+        stem = stem.relative_to(VOC_FOLDER)
+    found = [out / file, out / cutout_file(stem), out / ANNOTATIONS / stem.with_suffix(".xml")]
+    return [path for path in found if path.resolve().is_relative_to(out.resolve())]
+
+
 def mask_file(kind: str, file: Path) -> Path:
     """Where a mask is written in a format, below the output folder."""
-    return Path("SegmentationClass", file) if kind == "voc" else file
+    return Path(VOC_FOLDER, file) if kind == "voc" else file
 
 
 def cutout_file(file: Path) -> Path:
@@ -100,5 +112,5 @@ def save_voc(out: Path, path: Path, file: Path, mask: Tensor, record: dict[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         formats.voc_mask(mask, record.get("class", 0)).save(temporary, "PNG")
-    text = formats.voc_xml(record["box"], record["key"], record["width"], record["height"], name)
-    write_text(out / "Annotations" / file.with_suffix(".xml"), text)
+    text = formats.voc_xml(mask, record["key"], record["width"], record["height"], name)
+    write_text(out / ANNOTATIONS / file.with_suffix(".xml"), text)

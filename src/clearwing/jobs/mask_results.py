@@ -44,6 +44,8 @@ def finished(
         "pictures_per_s": rate,
         "notes": list(dataset.notes),
     }
+    if not (loaded.run is not None and inputs.own_data(loaded.run, config.data)):
+        result["notes"] += inputs.left_out_notes(dataset, config.split)
     if loaded.run is not None:
         result["weights_sha256"] = inputs.weights_hash(loaded.run)
         result["notes"] += inputs.split_notes(dataset, config.split, loaded.run, config.data)
@@ -79,5 +81,8 @@ def told(result: dict[str, Any], out: Path) -> str:
             if difference["ci95"] is not None:
                 line += " ({:+.3f} to {:+.3f})".format(*difference["ci95"])
             lines.append(line)
+    if result["unscored"]:
+        key, why = result["unscored"][0]
+        lines.append(f"not scored: {len(result['unscored'])} of {result['n']}; {key}: {why}")
     lines += [f"note: {note}" for note in result["notes"]]
     return "\n".join([*lines, f"written: {out}"])

@@ -25,7 +25,7 @@ from clearwing.jobs import inputs
 from clearwing.jobs.calibrate import calibrated, held_out
 from clearwing.jobs.decoder import decoder_of
 from clearwing.jobs.manifest import Manifest
-from clearwing.jobs.mask_files import MaskWriter, check_format
+from clearwing.jobs.mask_files import MaskWriter, check_format, files_of
 from clearwing.jobs.mask_recipe import chosen_recipe, threshold_value
 from clearwing.jobs.mask_results import finished
 from clearwing.jobs.maskers import (
@@ -63,6 +63,10 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
     loaded = inputs.open_model(config.run, size=config.size, fit=config.fit)
     if config.pipeline == "decoder" and loaded.run is None:
         raise ClearwingError("--pipeline", "decoder", "is trained for a RUN; give one, or take refine")
+    if config.pipeline == "decoder" and loaded.run is not None:
+        taught_at = loaded.run.config["model"]["input_size"]
+        if config.size not in (None, taught_at):
+            raise ClearwingError("--size", config.size, f"the decoder is taught at {taught_at} px; leave it out")
     calls(loaded.model, comma_list(config.layers))  # a name that the network does not have is refused before any work
     check_format(config, loaded.model.num_classes or len(loaded.model.class_names))
     dataset = open_samples(config, loaded.run)
@@ -73,14 +77,14 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
         )
     held = held_out(config, samples)
     writer = MaskWriter(config, [sample.key for sample in samples], loaded.model.class_names)
-    inputs.keep_sources(config.out, writer.paths(), inputs.split_of(dataset, ALL))
+    inputs.keep_sources(config.out, writer.paths(), inputs.split_of(dataset, ALL), beside=True)
     check_output(config)
     if not is_child():
         check_devices(config.device, config.devices)
         if config.devices > 1 or config.nodes > 1:
             if config.nodes == 1:  # a decoder is trained here, for the processes would wait for one of them
                 with Progress(config.json) as progress:
-                    begin(config, loaded.run, progress)
+                    begin(config, loaded, samples, progress)
                 config = replace(config, retrain=False)
             result = in_processes(segment, config, devices=config.devices, nodes=config.nodes)
             return result or {"exit_code": 0}
@@ -88,16 +92,21 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
     with one_fails_all_stop(fabric), Progress(config.json or not fabric.is_global_zero) as progress:
         out, rank, world = Path(config.out), fabric.global_rank, fabric.world_size
         if fabric.is_global_zero:
-            begin(config, loaded.run, progress)
+            begin(config, loaded, samples, progress)
         fabric.barrier()
+        prepared = prepare(config, recipe, loaded, samples, fabric.device, progress)
         manifest = Manifest(out, settings_of(config, loaded.run), rank)
+        fabric.barrier()  # nothing more can be refused: what is to be replaced may go
+        if fabric.is_global_zero and not config.resume:
+            forget(out, manifest)
+        fabric.barrier()
         done = {record["key"] for block in manifest.blocks() for record in block["pictures"]}
         if done:
-            progress.say(f"going on: {len(done)} of {len(samples)} pictures are done")
-        prepared = prepare(config, recipe, loaded, samples, fabric.device, progress)
+            going_on(out, manifest, done, {sample.key for sample in samples}, progress)
         left = [s for s in samples if s.key not in done and s.key not in held]
         fabric.barrier()  # all have read what was done before one adds to it
-        mine = [left[i] for i in share(len(left), rank, world)]
+        if mine := [left[i] for i in share(len(left), rank, world)]:
+            manifest.start()
         work = Work(config, prepared, loaded, writer, manifest, fabric.device, progress, dataset.class_names)
         began = time.monotonic()
         work.run(mine)
@@ -251,19 +260,35 @@ def check_output(config: SegmentConfig) -> None:
         make_folder(config.out)
 
 
-def begin(config: SegmentConfig, run: Run | None, progress: Progress) -> None:
-    """What one process does before all: forget what is there or check that it can be gone on with, and see to the
-    decoder."""
-    manifest = Manifest(Path(config.out), settings_of(config, run))
-    if not config.resume:
-        forget(Path(config.out), manifest)
-    manifest.check()
+def begin(config: SegmentConfig, loaded: inputs.Loaded, samples: Sequence[Sample], progress: Progress) -> None:
+    """What one process does before all: check that what is there can be gone on with, and see to the decoder."""
+    run, manifest = loaded.run, Manifest(Path(config.out), settings_of(config, loaded.run))
+    if config.resume:
+        if not manifest.there() and any(manifest.folder.iterdir()):
+            mend = "is not empty, and holds no manifest to go on from; give another --out, or --overwrite"
+            raise ClearwingError("--resume", config.out, mend)
+        manifest.check()
     if config.pipeline == "decoder" and run is not None:
-        decoder_of(run, config.device, config.retrain and not any(manifest.blocks()), progress)
+        some_picture(loaded, samples)  # before a training that may take half an hour
+        decoder_of(run, config.device, config.retrain and not (config.resume and any(manifest.blocks())), progress)
+
+
+def going_on(out: Path, manifest: Manifest, done: set[str], keys: set[str], progress: Progress) -> None:
+    """Say how much of the pictures is done, by their keys, and what of it is not as it was."""
+    progress.say(f"going on: {len(done & keys)} of {len(keys)} pictures are done")
+    if gone := len(done - keys):
+        progress.say(f"note: {gone} more are not in the data any more; they stay in the results")
+    made = (record for block in manifest.blocks() for record in block["pictures"])
+    if lost := sum("file" in record and not (out / record["file"]).is_file() for record in made):
+        progress.say(f"note: {lost} masks that were made are gone from {out}; --overwrite makes all of them anew")
 
 
 def forget(out: Path, manifest: Manifest) -> None:
-    """Delete what an earlier call left in the folder that would be taken for this one's; masks are replaced."""
+    """Delete what an earlier call left in the folder: its masks, of other pictures or in another format, too."""
+    for block in manifest.blocks():
+        for record in block["pictures"]:
+            for path in files_of(out, record):
+                path.unlink(missing_ok=True)
     manifest.clear()
     for name in ("segmentation.json", "boxes.csv", "coco.json"):
         (out / name).unlink(missing_ok=True)
@@ -273,6 +298,8 @@ def settings_of(config: SegmentConfig, run: Run | None) -> dict[str, Any]:
     """What decides the masks: blocks of different settings are not joined."""
     settings = {key: value for key, value in as_json(config).items() if key not in ONCE}
     settings["clearwing"] = __version__  # another one may make other masks
+    for name in ("run", "data", "masks"):  # wherever the command is called from
+        settings[name] = settings[name] and inputs.full_name(settings[name])
     settings["weights_sha256"] = None if run is None else inputs.weights_hash(run)
     if config.pipeline == "decoder" and run is not None:
         path = run.file(DECODER)
