@@ -159,7 +159,7 @@ def _with_defaults(kind: type[configs.Common], defaults: dict[str, Any]) -> type
 def _one_line(text: str, name: str, kind: type[configs.Common]) -> ClearwingError:
     """The parser's boxed message as an error with argument, value and mend."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    words = " ".join(re.sub(r"[│╭╮╰╯─]+", " ", text).split())
+    words = " ".join(re.sub(r"[│╭╮╰╯─]+|[+|]?-{5,}[+|]?", " ", text).split())
     mend = f"see clearwing {name} --help"
     if found := re.search(r"Error parsing (--[\w-]+).*? could be instantiated from \['(.*?)'\]", words):
         needed = re.search(r"no type matching (\S+)", words)
@@ -168,9 +168,12 @@ def _one_line(text: str, name: str, kind: type[configs.Common]) -> ClearwingErro
     if found := re.search(r"invalid choice '(.*?)' for argument '(--[\w-]+)'. Expected one of \((.*?)\)", words):
         return ClearwingError(found.group(2), found.group(1), f"choose one of {found.group(3)}".replace("'", ""))
     if found := re.search(r"Unrecognized options: (.*?)(?: Perhaps| Similar| For full|$)", words):
-        wrong = found.group(1).split(",")[0].strip()
+        strange = found.group(1).replace(",", " ").split()
+        wrong = next((word for word in strange if word[:1] == "-"), strange[0])
         options = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)]
-        return ClearwingError(wrong, "no such option", near(wrong, options) if wrong[:1] == "-" else mend)
+        if wrong[:1] != "-":
+            return ClearwingError(wrong, "one word too many", f"put names with spaces in quotes; {mend}")
+        return ClearwingError(wrong, "no such option", near(wrong, options))
     if "Missing from" in words:
         fields = [field for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
         shown = [field.name.upper() if _positional(field) else f"--{field.name}" for field in fields]
