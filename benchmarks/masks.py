@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch import Tensor
 import clearwing as cw
 from clearwing.data.preprocess import restore
 from clearwing.jobs import decoder, inputs
-from clearwing.jobs.maskers import DecoderMasker, Masker, NetworkMasker, explained, fitted, restored, rivals
+from clearwing.jobs.maskers import DecoderMasker, Masker, NetworkMasker, explained, fitted, restored, rivals, whole
 from clearwing.jobs.progress import Progress
 from clearwing.jobs.segment import untrained
 from clearwing.jobs.timeline import fit_mask
@@ -212,14 +213,17 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
     train = inputs.limited(inputs.open_like_run(loaded.run, None).split("train"), len(halves[0]))
     free = cw.load_pictures(train, loaded.size, **common)
     finer = cw.load_pictures(train, REFINE.side(loaded.size), **common)
-    scores = {way: torch.zeros(len(samples)) for way in ("drawn", "same", "free")}
+    ways = ("drawn", "same", "free")
+    scores = {f"{way}{cut}": torch.zeros(len(samples)) for way in ways for cut in ("", ", cut")}
 
     def score(made: Segmenter, way: str, which: list[int]) -> None:
         for some in torch.tensor(which).split(32):
             batch, finer = (next(p.subset(some.tolist()).batches(len(some))) for p in (pictures, fine))
+            true, cut = [truths[i] for i in some], DecoderMasker(made, nullcontext, refine=True)
             with torch.inference_mode():
                 full = restore(made(batch.images, finer.images)[1].float().sigmoid(), finer.geometry)
-            scores[way][some] = iou([one > 0.5 for one in full], [truths[i] for i in some]).float()
+            scores[way][some] = iou([one > 0.5 for one in full], true).float()
+            scores[f"{way}, cut"][some] = iou(whole(cut(batch, finer), batch, finer), true).float()
 
     with Progress(True) as progress:
         for half, test in zip(halves, reversed(halves), strict=True):
@@ -233,11 +237,14 @@ def twin(loaded: inputs.Loaded, samples: Any, truths: list[Tensor], steps: int) 
         *_, (made, _) = decoder.taught(model, free, finer, fabric, course, progress)
         score(made, "free", list(range(len(samples))))
     print("| taught by | mean IoU (95 %) | below 0.3 | drawn gains (95 %) | |\n|---|---|---|---|---|")
-    row(f"{len(halves[0])} drawn masks, crosswise", scores["drawn"], None, None)
-    row("free masks of the same pictures, crosswise", scores["same"], scores["drawn"], None)
-    row(f"{len(train)} free masks of training pictures", scores["free"], scores["drawn"], None)
-    reached = [f"{scores[way].mean() / scores['drawn'].mean():.1%}" for way in ("same", "free")]
-    print(f"\nfree masks reach {' and '.join(reached)} of drawn ones")
+    for cut, told in (("", ""), (", cut", "; its masks cut (--refine grabcut)")):
+        drawn_ones = scores[f"drawn{cut}"]
+        row(f"{len(halves[0])} drawn masks, crosswise{told}", drawn_ones, None, None)
+        row(f"free masks of the same pictures, crosswise{told}", scores[f"same{cut}"], drawn_ones, None)
+        row(f"{len(train)} free masks of training pictures{told}", scores[f"free{cut}"], drawn_ones, None)
+    for cut in ("", ", cut"):
+        reached = [f"{scores[way + cut].mean() / scores['drawn' + cut].mean():.1%}" for way in ("same", "free")]
+        print(f"\nfree masks{cut} reach {' and '.join(reached)} of drawn ones")
 
 
 def speed(loaded: inputs.Loaded, samples: Any) -> None:

@@ -86,6 +86,16 @@ def test_the_headline_is_scored_free_and_the_best_practice(tmp_path):
     ]
 
 
+def test_cut_masks_of_the_decoder_have_a_name(tmp_path):
+    cut = part_of(tmp_path, "decoder (changed)", threshold=DECODER | {"how": "grabcut", "value": None})
+    plain = part_of(tmp_path, "decoder", threshold=DECODER)
+    assert sorted([cut, plain], key=lambda part: part.rank) == [plain, cut]
+    rows = job.pipelines([plain, cut])
+    assert [row.name for row in rows if row.kind != "baseline"] == ["decoder", "decoder, cut"]
+    assert "its masks cut by GrabCut" in rows[1].about
+    assert "one forward pass" in rows[0].about
+
+
 def test_masks_of_other_data_do_not_stand_beside_the_runs_own(tmp_path, monkeypatch):
     own = part_of(tmp_path, "refine", data="photos")
     other = job.Part(tmp_path, result_of("decoder", data="elsewhere"), own=False)

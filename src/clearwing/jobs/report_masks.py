@@ -34,7 +34,8 @@ class Part:
         self.pipeline = str(result["pipeline"])  # "refine", "refine (changed)"
         self.per_image: dict[str, float] = result["per_image"]
         self.calibration = int(result.get("masks_used_for_calibration") or 0)
-        self.name = self.pipeline + (", calibrated" if self.calibration else "")
+        cut = self.way == "decoder" and result["threshold"]["how"] == "grabcut"
+        self.name = (f"{self.way}, cut" if cut else self.pipeline) + (", calibrated" if self.calibration else "")
 
     @property
     def way(self) -> str:
@@ -185,7 +186,8 @@ def about_pipeline(result: dict[str, Any]) -> str:
         rounds = decoder.get("rounds") or [decoder]  # an earlier version knew of one
         taught = decoder["pictures"] - rounds[-1]["without_mask"]
         by = f"{decoder['masks_used']} drawn masks" if decoder.get("masks_used") else "the network alone"
-        words = ["a decoder on the network's features", "one forward pass"]
+        cut = threshold["how"] == "grabcut"
+        words = ["a decoder on the network's features", "its masks cut by GrabCut" if cut else "one forward pass"]
         words += [f"taught by {taught:,} pictures' masks from {by}"]
     else:
         how = threshold["recipe"]
