@@ -31,6 +31,7 @@ def test_wrong_calls_are_one_line(capsys):
     assert "--epochs: three; give INT" in failure(capsys, "train", "x", "--out", "y", "--epochs", "three")
     assert "--szie: no such option; did you mean --size" in failure(capsys, "train", "x", "--out", "y", "--szie", "3")
     assert "--szie: no such option" in failure(capsys, "train", "x", "more", "--szie", "3", "--out", "y")
+    assert "'': one word too many" in failure(capsys, "train", "x", "", "--out", "y")
     told = failure(capsys, "train", "my", "pictures", "--out", "y")
     assert "pictures: one word too many; put names with spaces in quotes; see clearwing train --help" in told
     assert "--fit: foo; choose one of squash, crop, pad" in failure(capsys, "train", "x", "--out", "y", "--fit", "foo")

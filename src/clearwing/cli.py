@@ -168,7 +168,7 @@ def _one_line(text: str, name: str, kind: type[configs.Common]) -> ClearwingErro
     if found := re.search(r"invalid choice '(.*?)' for argument '(--[\w-]+)'. Expected one of \((.*?)\)", words):
         return ClearwingError(found.group(2), found.group(1), f"choose one of {found.group(3)}".replace("'", ""))
     if found := re.search(r"Unrecognized options: (.*?)(?: Perhaps| Similar| For full|$)", words):
-        strange = found.group(1).replace(",", " ").split()
+        strange = found.group(1).partition("For full helptext")[0].replace(",", " ").split() or ["''"]
         wrong = next((word for word in strange if word[:1] == "-"), strange[0])
         options = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)]
         if wrong[:1] != "-":

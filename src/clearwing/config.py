@@ -386,9 +386,9 @@ class SegmentConfig(Source):
     seed: int = 0
     """Of the intervals and of the untrained network."""
     resume: bool = False
-    """Go on with what a stopped call left in OUT."""
+    """Go on with what a stopped call left in OUT, with the same settings; a new OUT is begun."""
     overwrite: bool = False
-    """Replace what OUT holds."""
+    """Replace what OUT holds: the masks that an earlier call left there go."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The manifest: what is added is there, half a line is not, and other settings are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,24 @@ def test_other_settings_are_refused_by_name(tmp_path):
             Manifest(tmp_path, SETTINGS | changed).check()
     with pytest.raises(ClearwingError, match="another version"):
         Manifest(tmp_path, {"method": "layer-cam", "weights": (1.0, 0.5)}).check()
+
+
+def test_files_are_named_before_they_are_written(tmp_path):
+    assert list(Manifest(tmp_path, SETTINGS).written()) == []
+    one, two = (Manifest(tmp_path, SETTINGS, rank) for rank in (0, 1))
+    one.writing([Path("a.png"), Path("sub/b.png")])
+    one.add(block("a", "b"))
+    two.writing([Path("c.png")])
+    assert keys(one) == ["a", "b"]
+    assert list(one.written()) == [tmp_path / name for name in ("a.png", "sub/b.png", "c.png")]
+    Manifest(tmp_path, SETTINGS).check()
+    outside = json.dumps({"writing": ["/etc/passwd", "../up.png", "sub/../../up.png", "in.png"]})
+    (tmp_path / "manifest-2.jsonl").write_text(outside + "\n")  # nobody began it
+    assert tmp_path / "in.png" not in set(one.written())
+    (tmp_path / "manifest-2.jsonl").write_text('{"settings": {}}\n' + outside + "\n")
+    assert list(one.written())[3:] == [tmp_path / "in.png"]
+    (tmp_path / "manifest-mine.jsonl").write_text('{"settings": {}}\n{"writing": ["mine.png"]}\n')
+    assert tmp_path / "mine.png" not in set(one.written())
 
 
 def test_clearing_forgets_all_processes_and_nothing_else(tmp_path):

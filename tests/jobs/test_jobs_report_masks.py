@@ -86,7 +86,7 @@ def test_the_headline_is_scored_free_and_the_best_practice(tmp_path):
     ]
 
 
-def test_cut_masks_of_the_decoder_have_a_name(tmp_path):
+def test_cut_masks_of_the_decoder_have_a_name(tmp_path, monkeypatch):
     cut = part_of(tmp_path, "decoder (changed)", threshold=DECODER | {"how": "grabcut", "value": None})
     plain = part_of(tmp_path, "decoder", threshold=DECODER)
     assert sorted([cut, plain], key=lambda part: part.rank) == [plain, cut]
@@ -94,6 +94,9 @@ def test_cut_masks_of_the_decoder_have_a_name(tmp_path):
     assert [row.name for row in rows if row.kind != "baseline"] == ["decoder", "decoder, cut"]
     assert "its masks cut by GrabCut" in rows[1].about
     assert "one forward pass" in rows[0].about
+    monkeypatch.setattr(job, "samples_by_key", lambda run, part, config: {})
+    assert made(cut).fell_back == 1
+    assert made(plain).fell_back is None
 
 
 def test_masks_of_other_data_do_not_stand_beside_the_runs_own(tmp_path, monkeypatch):
@@ -230,6 +233,8 @@ def test_beside_a_wrong_reason_stands_where_the_network_looked(tmp_path, monkeyp
     )
     (item,) = made(part_of(tmp_path), seen).wrong_reason.pictures
     assert (item.key, item.about, int(item.looked.max())) == ("a.png", "class 1", 1)
+    (item,) = made(job.Part(tmp_path, result_of("refine", data="elsewhere"), own=False), seen).wrong_reason.pictures
+    assert (item.about, item.looked) == ("", None)  # another picture of the same name
     seen.pictures.keys = ["b.png", "other.png"]
     (item,) = made(part_of(tmp_path), seen).wrong_reason.pictures
     assert (item.key, item.about, item.looked) == ("a.png", "", None)

@@ -19,6 +19,7 @@ from clearwing.config import SegmentConfig
 from clearwing.data.sources import Sample
 from clearwing.jobs import decoder, segment
 from clearwing.jobs.calibrate import held_out
+from clearwing.jobs.manifest import Manifest
 from clearwing.jobs.maskers import SURE, DecoderMasker, explained, fitted, free_masks, whole
 from clearwing.masks.pipeline import RECIPES, Recipe, cut_likely, segment_with
 from clearwing.masks.refine import clean
@@ -81,16 +82,56 @@ def test_what_is_there_stays_until_the_new_call_can_go_on(capsys, photos, traine
     assert lessons == []  # nor is a decoder taught for nothing
 
 
-@pytest.mark.parametrize("options", [["--cutouts"], ["--format", "voc", "--cutouts"], ["--format", "geojson"]])
-def test_overwritten_results_leave_nothing_behind(capsys, photos, trained, tmp_path, options):
+WAYS = ("--cutouts", "--cutouts --format voc", "--cutouts --format coco", "--format geojson")
+
+
+@pytest.mark.parametrize("options", WAYS)
+@pytest.mark.parametrize("killed", [False, True])
+def test_overwritten_results_leave_nothing_behind(capsys, photos, trained, tmp_path, monkeypatch, options, killed):
     out = tmp_path / "out"
-    segmented(capsys, trained, photos, "--out", out, *FAST, *options)
-    (out / "mine.txt").write_text("not of this")
+    with monkeypatch.context() as patch:
+        if killed:  # once its masks are written, before the manifest says so
+            patch.setattr(Manifest, "add", lambda self, block: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(capsys, "segment", trained, photos, "--out", out, *FAST, *options.split())
+    assert (out / "segmentation.json").exists() is not killed
+    assert len(contents(out)) > 3
+    mine = [Path("mine.txt"), Path("Annotations/val/species_0/mine.xml"), Path("cutouts/mine.png")]
+    mine += [Path("manifest-train.jsonl"), Path("manifest-9.jsonl")]
+    for path in mine:
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_text('{"writing": ["mine.txt"]}\n')  # no settings: not of this
     segmented(capsys, trained, photos, "--out", out, *FAST, "--limit", "1", "--overwrite")
     segmented(capsys, trained, photos, "--out", tmp_path / "fresh", *FAST, "--limit", "1")
     found = contents(out)
-    assert found.pop(Path("mine.txt")) == b"not of this"
-    assert found.keys() == contents(tmp_path / "fresh").keys()
+    kept = {path for path in mine if path.name != "manifest-9.jsonl"}
+    assert found.keys() == contents(tmp_path / "fresh").keys() | kept
+
+
+def test_files_that_no_call_wrote_are_not_deleted(capsys, photos, trained, tmp_path):
+    """A VOC folder: its annotations bear the names that --format voc would give."""
+    out = tmp_path / "VOC"
+    shutil.copytree(photos / "val", out / "JPEGImages")
+    for path in (out / "JPEGImages").rglob("*.png"):
+        note = (out / "Annotations" / path.relative_to(out / "JPEGImages")).with_suffix(".xml")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text("by hand")
+    before = contents(out)
+    for limit in ("4", "2"):
+        call = [trained, out / "JPEGImages", "--split", "all", "--out", out, "--overwrite", "--limit", limit]
+        segmented(capsys, *call, *FAST)
+        assert before.items() <= contents(out).items()
+
+
+def test_pictures_that_are_read_are_not_deleted(capsys, photos, trained, tmp_path):
+    out = tmp_path / "out"
+    segmented(capsys, trained, photos, "--out", out, "--cutouts", *FAST)
+    before = contents(out)
+    told = failure(capsys, "segment", trained, out / "cutouts", "--split", "all", "--out", out, "--overwrite")
+    assert f"--out: {out}; would replace {out / 'cutouts'}" in told
+    masks = ["--masks", out / "val", "--format", "geojson"]
+    told = failure(capsys, "segment", trained, photos / "val", "--split", "all", *masks, "--out", out, "--overwrite")
+    assert f"--out: {out}; would replace {out / 'val'}" in told
+    assert contents(out) == before
 
 
 def test_masks_are_not_put_among_the_pictures(capsys, photos, trained, tmp_path):
@@ -99,6 +140,14 @@ def test_masks_are_not_put_among_the_pictures(capsys, photos, trained, tmp_path)
         path.rename(path.with_suffix(".bmp"))  # else they would be replaced, which is refused by another name
     told = failure(capsys, "segment", trained, copy, "--out", copy, "--overwrite")
     assert f"--out: {copy}; would put masks among the pictures of {copy / 'val' / 'species_0'}" in told
+    for kind in ("geojson", "coco"):  # no picture
+        segmented(capsys, trained, copy, "--out", copy, "--overwrite", "--format", kind, *FAST)
+    links = tmp_path / "links"
+    links.mkdir()
+    for path in (copy / "train" / "species_0").glob("*.png"):
+        (links / f"{path.stem}.jpg").symlink_to(path)
+    told = failure(capsys, "segment", trained, links, "--out", links, "--overwrite", "--split", "all")
+    assert f"would put masks among the pictures of {links}" in told
 
 
 def test_masks_that_do_not_fit_are_told_with_the_result(capsys, photos, trained, tmp_path):
@@ -118,7 +167,7 @@ def test_a_split_that_nobody_asked_for_says_what_it_leaves_out(capsys, photos, t
         shutil.copy(path, flat / f"cam{path.parent.name[-1]}_{path.name}")
     result = segmented(capsys, trained, flat, "--out", tmp_path / "part", *FAST)
     count = len(list(flat.iterdir()))
-    assert f"the other {count - result['n']} pictures are left out; --split all takes them, too" in result["notes"]
+    assert f"{count - result['n']} of {count} pictures are left out; --split all takes all" in result["notes"]
     whole = segmented(capsys, trained, flat, "--split", "all", "--out", tmp_path / "all", *FAST)
     assert whole["n"] == count
     assert not any("left out" in note for note in whole["notes"])
@@ -194,13 +243,16 @@ def test_a_call_that_is_done_is_done_again_by_reading(capsys, photos, trained, t
 def test_a_folder_that_no_call_began_is_not_gone_on_with(capsys, photos, trained, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    segmented(capsys, trained, photos, "--out", out, "--limit", "1", "--resume", *FAST)  # an empty one will do
-    shutil.rmtree(out)
-    out.mkdir()
-    (out / "precious.txt").write_text("mine")
+    (out / "job.log").write_text("what a queue writes there")
+    first = segmented(capsys, trained, photos, "--out", out, "--limit", "1", "--resume", *FAST)
+    (out / "manifest-0.jsonl").unlink()
+    before = contents(out)
     told = failure(capsys, "segment", trained, photos, "--out", out, "--resume")
-    assert f"--resume: {out}; is not empty, and holds no manifest to go on from" in told
-    assert [path.name for path in out.iterdir()] == ["precious.txt"]
+    assert f"--resume: {out}; holds segmentation.json, and no manifest to go on from" in told
+    (out / "segmentation.json").unlink()
+    [file] = first["files"].values()
+    assert f"holds {file}, and no manifest" in failure(capsys, "segment", trained, photos, "--out", out, "--resume")
+    assert contents(out) == {name: data for name, data in before.items() if name.name != "segmentation.json"}
 
 
 def test_a_call_killed_in_its_first_block_is_gone_on_with(capsys, photos, trained, tmp_path, monkeypatch):
@@ -232,8 +284,8 @@ def test_what_is_done_and_gone_is_told(capsys, photos, trained, tmp_path):
     code, _, err = run(capsys, "segment", *call, "--resume")
     assert code == 0
     assert "going on: 5 of 5 pictures are done" in err
-    assert "1 more are not in the data any more" in err
-    assert f"1 masks that were made are gone from {tmp_path / 'out'}" in err
+    assert "pictures that are not in the data any more: 1" in err
+    assert f"gone from {tmp_path / 'out'} (--overwrite makes all anew): 1" in err
 
 
 def test_other_settings_are_not_joined(capsys, monkeypatch, photos, trained, tmp_path):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from clearwing.attribution.network import exact
 from clearwing.attribution.trace import record
 from clearwing.data.augment import seed_of
 from clearwing.data.loader import Pictures, epoch_order
+from clearwing.data.sources import BUILT_IN
 from clearwing.jobs import inputs
 from clearwing.jobs.maskers import stages
 from clearwing.jobs.progress import Progress, TrainingBar
@@ -77,6 +79,8 @@ def teach(run: Run, device: str, progress: Progress, anew: bool = False, *, cour
         dataset = inputs.open_like_run(run, None)
         samples = dataset.split("train")
     except ClearwingError as error:
+        if Path(where).exists() or where in BUILT_IN:
+            raise
         mend = f"learns from the run's training pictures, which are not at {where} any more; bring them back"
         raise ClearwingError("--pipeline", "decoder", mend) from error
     samples = inputs.limited(samples, course.pictures)

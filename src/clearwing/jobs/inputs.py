@@ -142,7 +142,7 @@ def left_out_notes(dataset: Dataset, split: str) -> list[str]:
     """What to say to those who did not ask for a part of their pictures."""
     left = sum(len(samples) for name, samples in dataset.splits.items() if name != split)
     if left and any(note.startswith(f"no {split}:") for note in dataset.notes):
-        return [f"the other {left} pictures are left out; --split all takes them, too"]
+        return [f"{left} of {left + len(dataset.splits[split])} pictures are left out; --split all takes all"]
     return []
 
 
@@ -261,7 +261,8 @@ def keep_sources(
     refused in a folder of the pictures, where the next call would read them as pictures.
     """
     written = {(Path(out) / file).resolve() for file in files}
-    folders = {path.parent for path in written} if beside else set()
+    folders = {path.parent for path in written if path.suffix == ".png"} if beside else set()
+    there: dict[Path, Path] = {}  # folders as they are named, and as they are
     for sample in samples:
         for source in (sample.source, sample.mask):
             if not isinstance(source, str | Path):
@@ -273,9 +274,13 @@ def keep_sources(
                 names = [".".join(parts[:end]) for end in range(1, len(parts))]
             if any(path.with_name(name) in written for name in names if name):
                 raise ClearwingError("--out", out, f"would replace {source}; give another folder")
-            if source is sample.source and path.parent in folders:
-                mend = f"would put masks among the pictures of {path.parent}; give another folder"
-                raise ClearwingError("--out", out, mend)
+            if folders and source is sample.source:
+                named = Path(source).parent  # of a link, where it lies
+                if named not in there:
+                    there[named] = named.resolve()
+                if there[named] in folders:
+                    mend = f"would put masks among the pictures of {named}; give another folder"
+                    raise ClearwingError("--out", out, mend)
 
 
 def told_skipped(pictures: Pictures, progress: Progress) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ class Manifest:
     """`OUT/manifest-<rank>.jsonl`: each process appends to its own, and anybody reads all of them.
 
     The first line that a process writes holds the settings that its blocks are made with; `start` writes it before any
-    block is done, so that what a killed run left is known for what it is.
+    block is done, and `writing` names the files of a block before they are there, so that what a killed run left is
+    known for what it is.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], rank: int = 0) -> None:
@@ -51,6 +52,21 @@ class Manifest:
         if not self.begun:
             self._write({"settings": self.settings})
 
+    def writing(self, files: Iterable[Path]) -> None:
+        """Say which files, below the folder, will be written now."""
+        self.start()
+        self._write({"writing": [str(file) for file in files]})
+
+    def written(self) -> Iterator[Path]:
+        """All files that `writing` named in manifests that `start` began, below the folder."""
+        for path in self._paths():
+            begun = False
+            for line in manifest_lines(path):
+                begun = begun or "settings" in line
+                for file in map(Path, line.get("writing", [])) if begun else ():
+                    if not file.is_absolute() and ".." not in file.parts:
+                        yield self.folder / file
+
     def add(self, block: dict[str, Any]) -> None:
         """One block more, on the disk when this returns but for the system's own cache."""
         self.start()
@@ -71,7 +87,7 @@ class Manifest:
                     yield line
 
     def _paths(self) -> list[Path]:
-        return sorted(self.folder.glob("manifest-*.jsonl"))
+        return sorted(path for path in self.folder.glob("manifest-*.jsonl") if path.stem[9:].isdecimal())
 
 
 def manifest_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,7 @@ A file has a temporary name until it is whole, so that a killed call leaves no h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from clearwing.run import write_json, write_text
 from clearwing.show.draw import save_png, to_rgb
 from clearwing.types import ClearwingError, atomic_path
 
-VOC_FOLDER, ANNOTATIONS = "SegmentationClass", "Annotations"
 VOC_CLASSES = 254
 """What a palette PNG holds beside background and void."""
 
@@ -37,10 +36,12 @@ class MaskWriter:
         self.files = inputs.result_paths(keys, ".geojson" if self.kind == "geojson" else ".png")
         self.order = {key: at for at, key in enumerate(self.files)}
 
-    def paths(self) -> list[Path]:
-        """Where the masks and cutouts of all pictures would be written, below the output folder."""
-        cutouts = [*map(cutout_file, self.files.values())] if self.cutouts else []
-        return cutouts + [mask_file(self.kind, file) for file in self.files.values()]
+    def paths(self, keys: Iterable[str] | None = None) -> list[Path]:
+        """All files that are written for pictures, those of `keys` or all, below the output folder."""
+        files = list(self.files.values()) if keys is None else [self.files[key] for key in keys]
+        found = [] if self.kind == "coco" else [mask_file(self.kind, file) for file in files]
+        found += [annotation_file(file) for file in files] if self.kind == "voc" else []
+        return found + ([cutout_file(file) for file in files] if self.cutouts else [])
 
     def file(self, key: str) -> Path | None:
         """Where the mask of a picture is written, below the output folder; None where one file holds all masks."""
@@ -87,20 +88,13 @@ def check_format(config: SegmentConfig, classes: int) -> None:
         raise ClearwingError("--format", "voc", f"holds {VOC_CLASSES} classes at most; take another")
 
 
-def files_of(out: Path, record: dict[str, Any]) -> list[Path]:
-    """All files that may have been written for a picture of which the manifest says this."""
-    if (file := record.get("file")) is None:
-        return []
-    stem = Path(file)
-    if stem.parts[0] == VOC_FOLDER:
-        stem = stem.relative_to(VOC_FOLDER)
-    found = [out / file, out / cutout_file(stem), out / ANNOTATIONS / stem.with_suffix(".xml")]
-    return [path for path in found if path.resolve().is_relative_to(out.resolve())]
-
-
 def mask_file(kind: str, file: Path) -> Path:
     """Where a mask is written in a format, below the output folder."""
-    return Path(VOC_FOLDER, file) if kind == "voc" else file
+    return Path("SegmentationClass", file) if kind == "voc" else file
+
+
+def annotation_file(file: Path) -> Path:
+    return Path("Annotations", file).with_suffix(".xml")
 
 
 def cutout_file(file: Path) -> Path:
@@ -113,4 +107,4 @@ def save_voc(out: Path, path: Path, file: Path, mask: Tensor, record: dict[str, 
     with atomic_path(path) as temporary:
         formats.voc_mask(mask, record.get("class", 0)).save(temporary, "PNG")
     text = formats.voc_xml(mask, record["key"], record["width"], record["height"], name)
-    write_text(out / ANNOTATIONS / file.with_suffix(".xml"), text)
+    write_text(out / annotation_file(file), text)

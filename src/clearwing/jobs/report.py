@@ -122,7 +122,7 @@ def specimen(seen: Seen, parts: list[Part]) -> page.Specimen:
     """One picture on the whole path. The one of median IoU, so that the head of the page promises nothing."""
     at = len(seen.pictures) // 2
     steps: dict[str, Any] = {}
-    part = next((part for part in parts if part.per_image.keys() & set(seen.pictures.keys)), None)
+    part = next((part for part in parts if part.own and part.per_image.keys() & set(seen.pictures.keys)), None)
     if part is not None:
         ranked = sorted((key for key in part.per_image if key in seen.pictures.keys), key=lambda k: part.per_image[k])
         at = seen.pictures.keys.index(ranked[len(ranked) // 2])

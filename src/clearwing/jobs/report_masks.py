@@ -34,8 +34,8 @@ class Part:
         self.pipeline = str(result["pipeline"])  # "refine", "refine (changed)"
         self.per_image: dict[str, float] = result["per_image"]
         self.calibration = int(result.get("masks_used_for_calibration") or 0)
-        cut = self.way == "decoder" and result["threshold"]["how"] == "grabcut"
-        self.name = (f"{self.way}, cut" if cut else self.pipeline) + (", calibrated" if self.calibration else "")
+        self.cut = self.way == "decoder" and result["threshold"]["how"] == "grabcut"
+        self.name = (f"{self.way}, cut" if self.cut else self.pipeline) + (", calibrated" if self.calibration else "")
 
     @property
     def way(self) -> str:
@@ -92,7 +92,8 @@ def segmentation(run: Run, parts: list[Part], seen: Seen | None, config: ReportC
     first, result = parts[0], parts[0].result
     samples = samples_by_key(run, first, config)
     ranked = drawable(first, samples, first.per_image or samples)
-    refines = first.way != "decoder" and result["threshold"].get("recipe", {}).get("refine", "none") != "none"
+    recipe = result["threshold"].get("recipe", {})
+    refines = first.cut or (first.way != "decoder" and recipe.get("refine", "none") != "none")
     return page.Segmentation(
         result["split"],
         result["n"],
@@ -271,7 +272,7 @@ def wrong_reason(part: Part, samples: Mapping[str, Sample], seen: Seen | None, m
         return None
     most = min(page.WRONG_REASON_SHOWN, most)
     shown = outlined(part, samples, drawable(part, samples, keys)[::-1][:most])
-    place = {key: i for i, key in enumerate(seen.pictures.keys)} if seen is not None else {}
+    place = {key: i for i, key in enumerate(seen.pictures.keys)} if seen is not None and part.own else {}
     known = [place[item.key] for item in shown if item.key in place]
     if seen is not None and known:
         looks = dict(zip(known, seen.overlays(known, "grad-cam"), strict=True))

@@ -25,7 +25,7 @@ from clearwing.jobs import inputs
 from clearwing.jobs.calibrate import calibrated, held_out
 from clearwing.jobs.decoder import decoder_of
 from clearwing.jobs.manifest import Manifest
-from clearwing.jobs.mask_files import MaskWriter, check_format, files_of
+from clearwing.jobs.mask_files import MaskWriter, check_format
 from clearwing.jobs.mask_recipe import chosen_recipe, threshold_value
 from clearwing.jobs.mask_results import finished
 from clearwing.jobs.maskers import (
@@ -77,14 +77,18 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
         )
     held = held_out(config, samples)
     writer = MaskWriter(config, [sample.key for sample in samples], loaded.model.class_names)
-    inputs.keep_sources(config.out, writer.paths(), inputs.split_of(dataset, ALL), beside=True)
+    everything = inputs.split_of(dataset, ALL)
+    inputs.keep_sources(config.out, writer.paths(), everything, beside=True)
+    if config.overwrite:  # a call may read what an earlier one wrote, but not put its own in the place of that
+        old = Manifest(Path(config.out), {}).written()
+        inputs.keep_sources(config.out, [path.relative_to(config.out) for path in old], everything)
     check_output(config)
     if not is_child():
         check_devices(config.device, config.devices)
         if config.devices > 1 or config.nodes > 1:
             if config.nodes == 1:  # a decoder is trained here, for the processes would wait for one of them
                 with Progress(config.json) as progress:
-                    begin(config, loaded, samples, progress)
+                    begin(config, loaded, samples, writer, progress)
                 config = replace(config, retrain=False)
             result = in_processes(segment, config, devices=config.devices, nodes=config.nodes)
             return result or {"exit_code": 0}
@@ -92,7 +96,7 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
     with one_fails_all_stop(fabric), Progress(config.json or not fabric.is_global_zero) as progress:
         out, rank, world = Path(config.out), fabric.global_rank, fabric.world_size
         if fabric.is_global_zero:
-            begin(config, loaded, samples, progress)
+            begin(config, loaded, samples, writer, progress)
         fabric.barrier()
         prepared = prepare(config, recipe, loaded, samples, fabric.device, progress)
         manifest = Manifest(out, settings_of(config, loaded.run), rank)
@@ -204,6 +208,7 @@ class Work:
         made = self.prepared.masker(batch, finer)
         full = whole(made, batch, finer, self.prepared.cut)
         records = [self.record(i, sample, made, full[i]) for i, sample in enumerate(pictures.samples)]
+        self.manifest.writing(self.writer.paths(pictures.keys))
         self.writer.write(pictures, full, records)
         line: dict[str, Any] = {"unscored": unscored}
         known = {i: truth for i, truth in enumerate(truths) if truth is not None}
@@ -260,35 +265,40 @@ def check_output(config: SegmentConfig) -> None:
         make_folder(config.out)
 
 
-def begin(config: SegmentConfig, loaded: inputs.Loaded, samples: Sequence[Sample], progress: Progress) -> None:
+def begin(
+    config: SegmentConfig,
+    loaded: inputs.Loaded,
+    samples: Sequence[Sample],
+    writer: MaskWriter,
+    progress: Progress,
+) -> None:
     """What one process does before all: check that what is there can be gone on with, and see to the decoder."""
     run, manifest = loaded.run, Manifest(Path(config.out), settings_of(config, loaded.run))
     if config.resume:
-        if not manifest.there() and any(manifest.folder.iterdir()):
-            mend = "is not empty, and holds no manifest to go on from; give another --out, or --overwrite"
+        tables = (Path("segmentation.json"), *writer.paths())
+        if not manifest.there() and (there := next((x for x in tables if (manifest.folder / x).exists()), None)):
+            mend = f"holds {there}, and no manifest to go on from; give another --out, or --overwrite"
             raise ClearwingError("--resume", config.out, mend)
         manifest.check()
     if config.pipeline == "decoder" and run is not None:
         some_picture(loaded, samples)  # before a training that may take half an hour
-        decoder_of(run, config.device, config.retrain and not (config.resume and any(manifest.blocks())), progress)
+        decoder_of(run, config.device, config.retrain and not (config.resume and manifest.there()), progress)
 
 
 def going_on(out: Path, manifest: Manifest, done: set[str], keys: set[str], progress: Progress) -> None:
     """Say how much of the pictures is done, by their keys, and what of it is not as it was."""
     progress.say(f"going on: {len(done & keys)} of {len(keys)} pictures are done")
     if gone := len(done - keys):
-        progress.say(f"note: {gone} more are not in the data any more; they stay in the results")
+        progress.say(f"note: in the results stay pictures that are not in the data any more: {gone}")
     made = (record for block in manifest.blocks() for record in block["pictures"])
     if lost := sum("file" in record and not (out / record["file"]).is_file() for record in made):
-        progress.say(f"note: {lost} masks that were made are gone from {out}; --overwrite makes all of them anew")
+        progress.say(f"note: of the masks that were made are gone from {out} (--overwrite makes all anew): {lost}")
 
 
 def forget(out: Path, manifest: Manifest) -> None:
-    """Delete what an earlier call left in the folder: its masks, of other pictures or in another format, too."""
-    for block in manifest.blocks():
-        for record in block["pictures"]:
-            for path in files_of(out, record):
-                path.unlink(missing_ok=True)
+    """Delete what an earlier call left in the folder, as far as its manifest says so, and no other file."""
+    for path in manifest.written():
+        path.unlink(missing_ok=True)
     manifest.clear()
     for name in ("segmentation.json", "boxes.csv", "coco.json"):
         (out / name).unlink(missing_ok=True)
