@@ -284,8 +284,8 @@ def test_what_is_done_and_gone_is_told(capsys, photos, trained, tmp_path):
     code, _, err = run(capsys, "segment", *call, "--resume")
     assert code == 0
     assert "going on: 5 of 5 pictures are done" in err
-    assert "pictures that are not in the data any more: 1" in err
-    assert f"gone from {tmp_path / 'out'} (--overwrite makes all anew): 1" in err
+    assert "1 of the pictures done are not in the data any more" in err
+    assert f"1 of the masks made are gone from {tmp_path / 'out'}; --overwrite makes all anew" in err
 
 
 def test_other_settings_are_not_joined(capsys, monkeypatch, photos, trained, tmp_path):

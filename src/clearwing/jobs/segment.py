@@ -61,12 +61,8 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
     if config.batch_size < 1:
         raise ClearwingError("--batch-size", config.batch_size, "give at least 1 picture")
     loaded = inputs.open_model(config.run, size=config.size, fit=config.fit)
-    if config.pipeline == "decoder" and loaded.run is None:
-        raise ClearwingError("--pipeline", "decoder", "is trained for a RUN; give one, or take refine")
-    if config.pipeline == "decoder" and loaded.run is not None:
-        taught_at = loaded.run.config["model"]["input_size"]
-        if config.size not in (None, taught_at):
-            raise ClearwingError("--size", config.size, f"the decoder is taught at {taught_at} px; leave it out")
+    if config.pipeline == "decoder":
+        check_decoder(config, loaded.run)
     calls(loaded.model, comma_list(config.layers))  # a name that the network does not have is refused before any work
     check_format(config, loaded.model.num_classes or len(loaded.model.class_names))
     dataset = open_samples(config, loaded.run)
@@ -77,12 +73,7 @@ def segment(config: SegmentConfig) -> dict[str, Any]:
         )
     held = held_out(config, samples)
     writer = MaskWriter(config, [sample.key for sample in samples], loaded.model.class_names)
-    everything = inputs.split_of(dataset, ALL)
-    inputs.keep_sources(config.out, writer.paths(), everything, beside=True)
-    if config.overwrite:  # a call may read what an earlier one wrote, but not put its own in the place of that
-        old = Manifest(Path(config.out), {}).written()
-        inputs.keep_sources(config.out, [path.relative_to(config.out) for path in old], everything)
-    check_output(config)
+    check_output(config, writer, inputs.split_of(dataset, ALL))
     if not is_child():
         check_devices(config.device, config.devices)
         if config.devices > 1 or config.nodes > 1:
@@ -256,8 +247,22 @@ class Work:
         ]
 
 
-def check_output(config: SegmentConfig) -> None:
-    """Refuse a folder that holds something, unless it is to be gone on with or replaced."""
+def check_decoder(config: SegmentConfig, run: Run | None) -> None:
+    """Refuse a decoder where there is no run to train it for, and at another size than it is taught at."""
+    if run is None:
+        raise ClearwingError("--pipeline", "decoder", "is trained for a RUN; give one, or take refine")
+    taught_at = run.config["model"]["input_size"]
+    if config.size not in (None, taught_at):
+        raise ClearwingError("--size", config.size, f"the decoder is taught at {taught_at} px; leave it out")
+
+
+def check_output(config: SegmentConfig, writer: MaskWriter, samples: Sequence[Sample]) -> None:
+    """Refuse a folder in which something that is read would be replaced, or that holds something, unless it is to be
+    gone on with or replaced."""
+    inputs.keep_sources(config.out, writer.paths(), samples, beside=True)
+    if config.overwrite:  # a call may read what an earlier one wrote, but not put its own in the place of that
+        old = Manifest(Path(config.out), {}).written()
+        inputs.keep_sources(config.out, [path.relative_to(config.out) for path in old], samples)
     if config.resume and config.overwrite:
         raise ClearwingError("--resume", "with --overwrite", "choose one of them")
     if is_first():
@@ -289,10 +294,10 @@ def going_on(out: Path, manifest: Manifest, done: set[str], keys: set[str], prog
     """Say how much of the pictures is done, by their keys, and what of it is not as it was."""
     progress.say(f"going on: {len(done & keys)} of {len(keys)} pictures are done")
     if gone := len(done - keys):
-        progress.say(f"note: in the results stay pictures that are not in the data any more: {gone}")
+        progress.say(f"note: {gone} of the pictures done are not in the data any more; they stay in the results")
     made = (record for block in manifest.blocks() for record in block["pictures"])
     if lost := sum("file" in record and not (out / record["file"]).is_file() for record in made):
-        progress.say(f"note: of the masks that were made are gone from {out} (--overwrite makes all anew): {lost}")
+        progress.say(f"note: {lost} of the masks made are gone from {out}; --overwrite makes all anew")
 
 
 def forget(out: Path, manifest: Manifest) -> None:
